@@ -1,0 +1,1 @@
+"""What exists, and how it gets onto this disk."""

@@ -1,0 +1,176 @@
+"""One image to make, what becomes of it, and what comes out.
+
+A :class:`GenerationRequest` is immutable and speaks in catalogue names. A :class:`RequestState` is
+the only lasting truth about a request under way: batches are temporary views of it, so a request
+can join, leave or be overtaken between any two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experimance_controlnet.catalog.specs import SchedulerName
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import SchedulerMixin
+
+DepthImage = NDArray[np.float32]
+"""(height, width), 0 far .. 1 near; any size: the engine resizes it."""
+
+PixelImage = NDArray[np.uint8]
+"""(height, width, 3) RGB."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Adapter:
+    """A LoRA of the catalogue at its final weight."""
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """Depth conditioning: acts in step i of n while start <= i/n and (i+1)/n <= end."""
+
+    controlnet: str
+    depth: DepthImage
+    strength: float
+    start: float = 0.0
+    end: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One image to make. Every name has been looked up in the catalogue, every default applied."""
+
+    request_id: str
+    model: str
+    prompt: str
+    negative_prompt: str | None
+    width: int
+    height: int
+    steps: int
+    cfg: float
+    seed: int
+    scheduler: SchedulerName
+    use_karras_sigmas: bool | None = None
+    adapters: tuple[Adapter, ...] = ()
+    """Sorted by name, weights not 0, so that equal sets compare equal."""
+    control: Control | None = None
+    workload: float = 0.0
+    deadline: float | None = None
+    """On the engine's monotonic clock, seconds: too late to begin after this."""
+
+    @property
+    def rows(self) -> int:
+        """UNet evaluations a step: guidance needs an unconditional one beside the conditional."""
+        return 2 if self.cfg > 1 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class BatchKey:
+    """Requests with equal keys may share one UNet evaluation; nothing else matters.
+
+    Steps, schedulers, guidance, strengths and even the ControlNet may differ: those are per row.
+    """
+
+    # the weights that are live on the device
+    model: str
+    adapters: tuple[Adapter, ...]
+    # the tensor shapes
+    width: int
+    height: int
+    token_chunks: int
+    """Prompt length in chunks of 77 tokens: the longer of prompt and negative prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A step of a request is done."""
+
+    step: int
+    steps: int
+
+
+ProgressListener = Callable[[Progress], None]
+"""Called on the engine's thread: must return at once and must not raise."""
+
+
+@dataclass(slots=True)
+class PhaseTimer:
+    """Moments of a request's life on the engine's monotonic clock, seconds; None until reached."""
+
+    accepted_s: float
+    started_s: float | None = None
+    """First work on the device."""
+    encoded_s: float | None = None
+    denoised_s: float | None = None
+    decoded_s: float | None = None
+
+
+@dataclass(slots=True)
+class Conditioning:
+    """What steers a request: made once before its first step, constant thereafter.
+
+    R is the request's rows: 2 with guidance (unconditional first), else 1; T is 77 x chunks.
+    """
+
+    prompt_embeds: torch.Tensor  # (R, T, D) model dtype, on the device
+    pooled_embeds: torch.Tensor  # (R, P) model dtype, on the device
+    time_ids: torch.Tensor  # (R, 6) model dtype, on the device
+    control_image: torch.Tensor | None  # (1, 3, height, width) 0..1; None without a depth map
+    prompt_tokens: int
+    negative_prompt_tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """A request under way. Identity is the object: two states are never equal."""
+
+    request: GenerationRequest
+    key: BatchKey
+    timer: PhaseTimer
+    # its own noise scheduler and generator: both carry state from step to step
+    scheduler: SchedulerMixin
+    generator: torch.Generator
+    step: int = 0
+    """Steps done."""
+    latents: torch.Tensor | None = None
+    """(1, 4, height/8, width/8) fp32 on the device; None before the first step."""
+    conditioning: Conditioning | None = None
+    """None before the first step."""
+    notes: list[str] = field(default_factory=list)
+    """What the engine had to do differently for this request (e.g. decode again in fp32)."""
+
+    @property
+    def finished(self) -> bool:
+        """All steps done; what is left is to decode."""
+        return self.step >= self.request.steps
+
+    @property
+    def remaining_rows(self) -> int:
+        """UNet evaluations still to do."""
+        return (self.request.steps - self.step) * self.request.rows
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A finished image and what was really applied to it."""
+
+    pixels: PixelImage
+    scheduler_class: str
+    use_karras_sigmas: bool
+    prompt_tokens: int
+    negative_prompt_tokens: int
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    notes: tuple[str, ...]
