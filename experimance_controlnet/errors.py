@@ -17,6 +17,7 @@
     ├── UnavailableError           not now; worth another try later
     │   ├── QueueFullError
     │   ├── DrainingError
+    │   ├── ModelBusyError
     │   ├── DeviceMemoryError
     │   └── EngineDeadError
     ├── DeadlineExceededError      the request waited longer than its deadline
@@ -132,6 +133,12 @@ class DrainingError(UnavailableError):
     """The server is stopping and takes no new work."""
 
     code = "draining"
+
+
+class ModelBusyError(UnavailableError):
+    """A model cannot be freed while requests use it."""
+
+    code = "model_busy"
 
 
 class DeviceMemoryError(UnavailableError):

@@ -18,7 +18,8 @@ from experimance_controlnet.catalog.specs import SchedulerName
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import SchedulerMixin
+
+    from experimance_controlnet.engine.schedulers import NoiseScheduler
 
 DepthImage = NDArray[np.float32]
 """(height, width), 0 far .. 1 near; any size: the engine resizes it."""
@@ -65,8 +66,8 @@ class GenerationRequest:
     """Sorted by name, weights not 0, so that equal sets compare equal."""
     control: Control | None = None
     workload: float = 0.0
-    deadline: float | None = None
-    """On the engine's monotonic clock, seconds: too late to begin after this."""
+    deadline_s: float | None = None
+    """On the engine's monotonic clock: too late to begin after this."""
 
     @property
     def rows(self) -> int:
@@ -130,6 +131,22 @@ class Conditioning:
     negative_prompt_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A finished image and what was really applied to it."""
+
+    pixels: PixelImage
+    scheduler_class: str
+    use_karras_sigmas: bool
+    prompt_tokens: int
+    negative_prompt_tokens: int
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    notes: tuple[str, ...]
+
+
 @dataclass(slots=True, eq=False)
 class RequestState:
     """A request under way. Identity is the object: two states are never equal."""
@@ -138,7 +155,7 @@ class RequestState:
     key: BatchKey
     timer: PhaseTimer
     # its own noise scheduler and generator: both carry state from step to step
-    scheduler: SchedulerMixin
+    scheduler: NoiseScheduler
     generator: torch.Generator
     step: int = 0
     """Steps done."""
@@ -159,18 +176,21 @@ class RequestState:
         """UNet evaluations still to do."""
         return (self.request.steps - self.step) * self.request.rows
 
-
-@dataclass(frozen=True, slots=True)
-class GenerationResult:
-    """A finished image and what was really applied to it."""
-
-    pixels: PixelImage
-    scheduler_class: str
-    use_karras_sigmas: bool
-    prompt_tokens: int
-    negative_prompt_tokens: int
-    queue_s: float
-    encode_s: float
-    denoise_s: float
-    decode_s: float
-    notes: tuple[str, ...]
+    def result(self, pixels: PixelImage) -> GenerationResult:
+        """Sum the finished request up. All moments of the timer have been reached."""
+        timer, conditioning = self.timer, self.conditioning
+        assert conditioning is not None
+        assert timer.started_s is not None and timer.encoded_s is not None
+        assert timer.denoised_s is not None and timer.decoded_s is not None
+        return GenerationResult(
+            pixels=pixels,
+            scheduler_class=type(self.scheduler).__name__,
+            use_karras_sigmas=bool(self.scheduler.config.get("use_karras_sigmas", False)),
+            prompt_tokens=conditioning.prompt_tokens,
+            negative_prompt_tokens=conditioning.negative_prompt_tokens,
+            queue_s=timer.started_s - timer.accepted_s,
+            encode_s=timer.encoded_s - timer.started_s,
+            denoise_s=timer.denoised_s - timer.encoded_s,
+            decode_s=timer.decoded_s - timer.denoised_s,
+            notes=tuple(self.notes),
+        )

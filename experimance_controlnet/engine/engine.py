@@ -1,0 +1,374 @@
+"""The engine: one thread that owns the device, and its heartbeat.
+
+Other threads only put work into its inbox and wait for futures. What the engine does not know:
+HTTP, image formats, where files come from, and what a model is (that is the runner's).
+
+Every accepted request ends exactly once: with a result, or with a typed error.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import structlog
+
+from experimance_controlnet.engine.batcher import Batcher
+from experimance_controlnet.engine.faults import as_worker_error, is_fatal, is_out_of_memory
+from experimance_controlnet.engine.loading import ModelLoads
+from experimance_controlnet.engine.request import (
+    GenerationRequest,
+    Progress,
+    ProgressListener,
+    RequestState,
+)
+from experimance_controlnet.engine.runner import GpuMemory, Runner
+from experimance_controlnet.engine.tickets import Ledger, Ticket
+from experimance_controlnet.errors import (
+    DeadlineExceededError,
+    DrainingError,
+    EngineDeadError,
+    ModelBusyError,
+    RequestAbortedError,
+    WorkerError,
+)
+
+log = structlog.get_logger()
+
+IDLE_BEAT_S = 0.25
+"""How long the idle engine sleeps at most: deadlines and the watchdog need a regular beat."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    """What a health check may know; reading it never waits for the device."""
+
+    alive: bool
+    hung: bool
+    """Busy, and no heartbeat for longer than the watchdog allows."""
+    draining: bool
+    models_loaded: tuple[str, ...]
+    models_loading: tuple[str, ...]
+    queue_depth: int
+    """Images accepted and not finished."""
+    queue_workload: float
+    last_error: str | None
+
+
+class Engine:
+    """Accepts requests from any thread and makes their images on its own."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        queue_capacity: int,
+        max_rows: int,
+        watchdog_s: float = 120.0,
+        clock: Callable[[], float] = time.monotonic,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``queue_capacity`` in images, ``max_rows`` in UNet rows a batch. ``on_death`` is called
+        on the engine's thread when an error ends it for good."""
+        self._runner = runner
+        self._watchdog_s = watchdog_s
+        self._clock = clock
+        self._on_death = on_death
+        self._ledger = Ledger(queue_capacity)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+        # Written by one thread, read by others; each is one reference, so no lock is needed.
+        self._alive = True
+        self._draining = False
+        self._heartbeat_s = clock()
+        self._last_error: str | None = None
+        self._promises: set[Future[None]] = set()
+
+        # The engine's thread only.
+        self._batcher = Batcher(max_rows)
+        self._tickets: dict[RequestState, Ticket] = {}
+        self._waiting: dict[Ticket, None] = {}  # for a model, in order of acceptance
+        self._loads = ModelLoads(runner, self._inbox.put, self._models_in_use)
+        self._stopping = False
+
+    # ---- any thread -------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def submit(
+        self, requests: Sequence[GenerationRequest], on_progress: ProgressListener | None = None
+    ) -> list[Ticket]:
+        """Accept all of the requests or none.
+
+        Raises:
+            QueueFullError, DrainingError, EngineDeadError: nothing was accepted.
+        """
+        accepted_s = self._clock()
+        tickets = [Ticket(request, accepted_s, on_progress) for request in requests]
+        self._ledger.open(tickets)
+        for ticket in tickets:
+            self._inbox.put(partial(self._admit, ticket))
+        return tickets
+
+    def abort(self, ticket: Ticket) -> None:
+        """End a request at its next step boundary; without effect where it has ended already."""
+        self._inbox.put(partial(self._drop, ticket))
+
+    def load(self, model: str) -> Future[None]:
+        """Bring a model into memory. The future fails with the reason why it cannot be.
+
+        Raises:
+            DrainingError, EngineDeadError
+        """
+        return self._promise(lambda done: self._loads.want(model, partial(_settle, done)))
+
+    def unload(self, model: str) -> Future[None]:
+        """Free a model. The future fails with ModelBusyError where requests use it.
+
+        Raises:
+            DrainingError, EngineDeadError
+        """
+        return self._promise(partial(self._unload, model))
+
+    def health(self) -> EngineHealth:
+        """A snapshot."""
+        tickets = self._ledger.tickets()
+        silent_s = self._clock() - self._heartbeat_s
+        return EngineHealth(
+            alive=self._alive,
+            hung=bool(tickets) and silent_s > self._watchdog_s,
+            draining=self._draining,
+            models_loaded=self._runner.loaded_models,
+            models_loading=self._loads.models,
+            queue_depth=len(tickets),
+            queue_workload=sum(ticket.request.workload for ticket in tickets),
+            last_error=self._last_error,
+        )
+
+    @property
+    def device_name(self) -> str:
+        """For people."""
+        return self._runner.device_name
+
+    def gpu_memory(self) -> GpuMemory | None:
+        """None without a GPU."""
+        return self._runner.gpu_memory()
+
+    def drain(self) -> None:
+        """Accept nothing more; what was accepted goes on."""
+        self._draining = True
+        if self._alive:
+            self._ledger.refuse(
+                DrainingError("The server is stopping; send the request to another one.")
+            )
+
+    def stop(self, timeout_s: float) -> bool:
+        """Drain, wait for what was accepted, end the thread. False where the time did not suffice:
+        what was left ended with DrainingError."""
+        self.drain()
+        deadline_s = self._clock() + timeout_s
+        while self._thread.is_alive() and len(self._ledger) and self._clock() < deadline_s:
+            time.sleep(0.01)
+        drained = not len(self._ledger)
+        self._inbox.put(self._stop)
+        self._thread.join(timeout=5.0)
+        self._end_all(DrainingError("The server stopped before this image was finished."))
+        return drained
+
+    def _promise(self, work: Callable[[Future[None]], None]) -> Future[None]:
+        """Ask the engine's thread for something; the future is settled even if the engine ends."""
+        self._ledger.check_open()
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        self._promises.add(future)
+        future.add_done_callback(self._promises.discard)
+        self._inbox.put(partial(work, future))
+        return future
+
+    # ---- the engine's thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._heartbeat()
+        except Exception as error:  # the top of the thread: nothing may end it unseen
+            log.critical("engine_died", error=repr(error), exc_info=error)
+            self._die(repr(error))
+
+    def _heartbeat(self) -> None:
+        """Do what others asked for, choose a batch, let it take one step."""
+        self._drain_inbox()
+        self._expire()
+        batch = self._batcher.next_batch()
+        if batch:
+            self._step(batch)
+
+    def _drain_inbox(self) -> None:
+        self._heartbeat_s = self._clock()
+        try:
+            self._inbox.get(timeout=0 if len(self._batcher) else IDLE_BEAT_S)()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            self._heartbeat_s = self._clock()
+
+    def _step(self, batch: list[RequestState]) -> None:
+        ready = [state for state in batch if self._attempt(state, self._prepare, state)]
+        for state, prediction in self._predict(ready):
+            if self._attempt(state, self._runner.advance, state, prediction):
+                self._after_step(state)
+
+    def _prepare(self, state: RequestState) -> None:
+        if state.timer.started_s is None:
+            state.timer.started_s = self._clock()
+            self._runner.prepare(state)
+            state.timer.encoded_s = self._clock()
+
+    def _predict(self, states: list[RequestState]) -> list[tuple[RequestState, Any]]:
+        """One evaluation for all. Where it fails, one for each: only the culprit ends."""
+        if len(states) > 1:
+            try:
+                return list(zip(states, self._runner.predict(states), strict=True))
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                log.warning("batch_split", requests=len(states), error=repr(error))
+            # Outside the except block, where the error no longer keeps the batch's tensors alive.
+            self._runner.release_memory()
+        predictions: list[tuple[RequestState, Any]] = []
+        for state in states:
+            self._attempt(state, self._predict_alone, state, predictions)
+        return predictions
+
+    def _predict_alone(
+        self, state: RequestState, predictions: list[tuple[RequestState, Any]]
+    ) -> None:
+        [prediction] = self._runner.predict([state])
+        predictions.append((state, prediction))
+
+    def _after_step(self, state: RequestState) -> None:
+        ticket = self._tickets[state]
+        if ticket.on_progress is not None:
+            ticket.on_progress(Progress(state.step, state.request.steps))
+        if state.finished:
+            state.timer.denoised_s = self._clock()
+            self._attempt(state, self._deliver, state)
+
+    def _deliver(self, state: RequestState) -> None:
+        pixels = self._runner.decode(state)
+        state.timer.decoded_s = self._clock()
+        ticket = self._tickets[state]
+        self._forget(ticket)
+        self._ledger.finish(ticket, state.result(pixels))
+
+    def _attempt(self, state: RequestState, work: Callable[..., None], *arguments: Any) -> bool:
+        """Do the work; an error in it ends this request and no other."""
+        try:
+            work(*arguments)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            out_of_memory = is_out_of_memory(error)
+            self._fail(self._tickets[state], error)
+        else:
+            return True
+        if out_of_memory:
+            self._runner.release_memory()
+        return False
+
+    # ---- admission and models ---------------------------------------------------------------
+
+    def _admit(self, ticket: Ticket) -> None:
+        self._waiting[ticket] = None
+        self._loads.want(ticket.request.model, partial(self._model_there, ticket))
+
+    def _model_there(self, ticket: Ticket, problem: Exception | None) -> None:
+        if ticket not in self._ledger:  # aborted or expired meanwhile
+            return
+        if problem is not None:
+            self._fail(ticket, problem)
+            return
+        try:
+            state = self._runner.admit(ticket.request, ticket.accepted_s)
+        except WorkerError as error:
+            self._fail(ticket, error)
+            return
+        del self._waiting[ticket]
+        self._tickets[state] = ticket
+        self._batcher.add(state)
+
+    def _unload(self, model: str, done: Future[None]) -> None:
+        if model in self._models_in_use():
+            _settle(done, ModelBusyError(f"Requests use the model {model}; try again later."))
+            return
+        if model in self._runner.loaded_models:
+            self._runner.unload(model)
+        _settle(done, None)
+
+    def _models_in_use(self) -> set[str]:
+        return {ticket.request.model for ticket in self._ledger.tickets()}
+
+    # ---- endings ----------------------------------------------------------------------------
+
+    def _drop(self, ticket: Ticket) -> None:
+        if ticket in self._ledger:
+            self._fail(ticket, RequestAbortedError("The request was cancelled."))
+
+    def _expire(self) -> None:
+        now = self._clock()
+        not_begun = [
+            self._tickets[state] for state in self._batcher if state.timer.started_s is None
+        ]
+        for ticket in [*self._waiting, *not_begun]:
+            deadline_s = ticket.request.deadline_s
+            if deadline_s is not None and now > deadline_s:
+                waited_s = now - ticket.accepted_s
+                self._fail(ticket, DeadlineExceededError(f"Not begun after {waited_s:.1f} s."))
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        failure = as_worker_error(error)
+        if failure is not error:
+            request_id = ticket.request.request_id
+            log.error("request_failed", request_id=request_id, error=repr(error), exc_info=error)
+            self._last_error = repr(error)
+        self._forget(ticket)
+        self._ledger.fail(ticket, failure)
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._waiting.pop(ticket, None)
+        for state in [state for state, owner in self._tickets.items() if owner is ticket]:
+            del self._tickets[state]
+            self._batcher.remove(state)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _die(self, reason: str) -> None:
+        dead = EngineDeadError("The engine has failed; the server is about to restart.")
+        self._alive = False
+        self._last_error = reason
+        self._ledger.refuse(dead)
+        self._end_all(dead)
+        self._on_death()
+
+    def _end_all(self, error: WorkerError) -> None:
+        for ticket in self._ledger.tickets():
+            self._ledger.fail(ticket, error)
+        for future in tuple(self._promises):
+            _settle(future, error)
+
+
+def _settle(done: Future[None], problem: Exception | None) -> None:
+    if problem is None:
+        done.set_result(None)
+    else:
+        done.set_exception(as_worker_error(problem))

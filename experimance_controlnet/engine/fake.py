@@ -1,0 +1,104 @@
+"""A runner without a model: same interface, the arithmetic of a toy. For tests of engine and server.
+
+The "image" is flat: its colour is a function of the seed, and the same alone or in a batch. What
+happens in which order is recorded; what should go wrong is handed in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from experimance_controlnet.engine.request import (
+    BatchKey,
+    Conditioning,
+    GenerationRequest,
+    PhaseTimer,
+    PixelImage,
+    RequestState,
+)
+from experimance_controlnet.engine.runner import GpuMemory
+from experimance_controlnet.engine.schedulers import make_scheduler
+
+
+class FakeRunner:
+    """Takes ``step_s`` seconds a step and ``load_s`` a model.
+
+    ``fault(operation, requests)`` is called before each of ``load`` (no requests), ``admit``,
+    ``prepare``, ``predict``, ``advance`` and ``decode``: raise in it to make that fail.
+    """
+
+    device_name = "fake"
+
+    def __init__(
+        self,
+        *,
+        step_s: float = 0.0,
+        load_s: float = 0.0,
+        fault: Callable[[str, list[GenerationRequest]], None] = lambda operation, requests: None,
+    ) -> None:
+        self._step_s = step_s
+        self._load_s = load_s
+        self._fault = fault
+        self._models: list[str] = []
+        self.batches: list[list[str]] = []
+        """Request ids of each evaluation."""
+
+    @property
+    def loaded_models(self) -> tuple[str, ...]:
+        return tuple(self._models)
+
+    def gpu_memory(self) -> GpuMemory | None:
+        return None
+
+    def make_room(self, model: str, in_use: Collection[str]) -> None:
+        pass
+
+    def load(self, model: str) -> Any:
+        self._fault("load", [])
+        time.sleep(self._load_s)
+        return model
+
+    def install(self, model: str, loaded: Any) -> None:
+        self._models.append(model)
+
+    def unload(self, model: str) -> None:
+        self._models.remove(model)
+
+    def admit(self, request: GenerationRequest, accepted_s: float) -> RequestState:
+        self._fault("admit", [request])
+        key = BatchKey(request.model, request.adapters, request.width, request.height, 1)
+        return RequestState(
+            request=request,
+            key=key,
+            timer=PhaseTimer(accepted_s),
+            scheduler=make_scheduler(request.scheduler, {}, request.steps),
+            generator=torch.Generator(),
+        )
+
+    def prepare(self, state: RequestState) -> None:
+        self._fault("prepare", [state.request])
+        nothing = torch.empty(0)
+        state.conditioning = Conditioning(nothing, nothing, nothing, None, 1, 0)
+
+    def predict(self, states: Sequence[RequestState]) -> Sequence[Any]:
+        self.batches.append([state.request.request_id for state in states])
+        self._fault("predict", [state.request for state in states])
+        time.sleep(self._step_s)
+        return [None] * len(states)
+
+    def advance(self, state: RequestState, prediction: Any) -> None:
+        self._fault("advance", [state.request])
+        state.step += 1
+
+    def decode(self, state: RequestState) -> PixelImage:
+        self._fault("decode", [state.request])
+        colour = np.array([state.request.seed % 251 + 1, 128, 64], dtype=np.uint8)
+        return np.broadcast_to(colour, (state.request.height, state.request.width, 3)).copy()
+
+    def release_memory(self) -> None:
+        pass

@@ -1,0 +1,79 @@
+"""What the engine needs of a device. One implementation makes SDXL images (``sdxl.py``), another
+only pretends to (``fake.py``), so that the engine can be tested without a model.
+
+All methods but :meth:`Runner.load` and :meth:`Runner.gpu_memory` are called on the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from experimance_controlnet.engine.request import GenerationRequest, PixelImage, RequestState
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """Device memory, bytes."""
+
+    allocated_bytes: int
+    reserved_bytes: int
+    total_bytes: int
+
+
+class Runner(Protocol):
+    """Owns the device, the models on it and all tensors."""
+
+    @property
+    def device_name(self) -> str:
+        """For people: ``NVIDIA H200`` or ``cpu``."""
+
+    @property
+    def loaded_models(self) -> tuple[str, ...]:
+        """Names of the models in memory."""
+
+    def gpu_memory(self) -> GpuMemory | None:
+        """None without a GPU. Safe on any thread."""
+
+    def make_room(self, model: str, in_use: Collection[str]) -> None:
+        """Drop models that are not in use, least recently used first, until ``model`` fits."""
+
+    def load(self, model: str) -> Any:
+        """Read a model. Slow; runs on the loader's thread while the engine goes on.
+
+        Raises:
+            ModelFileError: its files are missing, damaged or not to be trusted.
+        """
+
+    def install(self, model: str, loaded: Any) -> None:
+        """Take over what :meth:`load` returned; from now on the model is loaded."""
+
+    def unload(self, model: str) -> None:
+        """Free a model that no request uses."""
+
+    def admit(self, request: GenerationRequest, accepted_s: float) -> RequestState:
+        """Everything about a request that is cheap and needs no device. Its model is loaded.
+
+        Raises:
+            InvalidRequestError: the request does not suit the model.
+        """
+
+    def prepare(self, state: RequestState) -> None:
+        """Make what the first step needs: embeddings, control image, noise."""
+
+    def predict(self, states: Sequence[RequestState]) -> Sequence[Any]:
+        """Evaluate the network once for all; one prediction a request. Changes no state."""
+
+    def advance(self, state: RequestState, prediction: Any) -> None:
+        """Let the request's own scheduler take the step that the prediction is for."""
+
+    def decode(self, state: RequestState) -> PixelImage:
+        """Latents to pixels.
+
+        Raises:
+            NanOutputError: no usable frame in full precision either.
+        """
+
+    def release_memory(self) -> None:
+        """Give cached device memory back after an out-of-memory error."""
