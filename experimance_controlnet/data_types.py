@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic.json_schema import JsonDict
+from pydantic.config import JsonDict
 
 SchedulerName = Literal[
     "auto", "euler", "dpm_sde", "euler_a", "dpm_multi", "dpm_single", "ddim", "lcm"
@@ -30,7 +30,9 @@ def _optional_fields_accept_null(schema: JsonDict) -> None:
         assert isinstance(field, dict)
         if name in required or {"type": "null"} in field.get("anyOf", []):  # type: ignore[operator]
             continue
-        kept = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+        kept: JsonDict = {
+            key: field.pop(key) for key in ("title", "description", "default") if key in field
+        }
         properties[name] = {"anyOf": [dict(field), {"type": "null"}], **kept}
 
 
@@ -66,7 +68,7 @@ class ControlNetGenerateData(BaseModel):
     loras: list[LoraUse] = Field(
         default_factory=list,
         max_length=8,
-        description="Adapters on top of those of the era; where a name occurs in both, they add up.",
+        description="Adapters on top of the era's own; where a name occurs in both, they add up.",
     )
     steps: int | None = Field(None, ge=1, le=50, description="Default: the model's own.")
     cfg: float | None = Field(

@@ -75,7 +75,8 @@ class Engine:
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
         """``queue_capacity`` in images, ``max_rows`` in UNet rows a batch. ``on_death`` is called
-        on the engine's thread when an error ends it for good."""
+        on the engine's thread when an error ends it for good.
+        """
         self._runner = runner
         self._watchdog_s = watchdog_s
         self._clock = clock
@@ -173,7 +174,8 @@ class Engine:
 
     def stop(self, timeout_s: float) -> bool:
         """Drain, wait for what was accepted, end the thread. False where the time did not suffice:
-        what was left ended with DrainingError."""
+        what was left ended with DrainingError.
+        """
         self.drain()
         deadline_s = self._clock() + timeout_s
         while self._thread.is_alive() and len(self._ledger) and self._clock() < deadline_s:
@@ -224,8 +226,7 @@ class Engine:
     def _step(self, batch: list[RequestState]) -> None:
         ready = [state for state in batch if self._attempt(state, self._prepare, state)]
         for state, prediction in self._predict(ready):
-            if self._attempt(state, self._runner.advance, state, prediction):
-                self._after_step(state)
+            self._attempt(state, self._finish_step, state, prediction)
 
     def _prepare(self, state: RequestState) -> None:
         if state.timer.started_s is None:
@@ -255,18 +256,18 @@ class Engine:
         [prediction] = self._runner.predict([state])
         predictions.append((state, prediction))
 
-    def _after_step(self, state: RequestState) -> None:
+    def _finish_step(self, state: RequestState, prediction: Any) -> None:
+        self._runner.advance(state, prediction)
         ticket = self._tickets[state]
         if ticket.on_progress is not None:
             ticket.on_progress(Progress(state.step, state.request.steps))
         if state.finished:
             state.timer.denoised_s = self._clock()
-            self._attempt(state, self._deliver, state)
+            self._deliver(state, ticket)
 
-    def _deliver(self, state: RequestState) -> None:
+    def _deliver(self, state: RequestState, ticket: Ticket) -> None:
         pixels = self._runner.decode(state)
         state.timer.decoded_s = self._clock()
-        ticket = self._tickets[state]
         self._forget(ticket)
         self._ledger.finish(ticket, state.result(pixels))
 
@@ -299,7 +300,7 @@ class Engine:
             return
         try:
             state = self._runner.admit(ticket.request, ticket.accepted_s)
-        except WorkerError as error:
+        except Exception as error:  # noqa: BLE001 - _fail logs it; it ends this request alone
             self._fail(ticket, error)
             return
         del self._waiting[ticket]

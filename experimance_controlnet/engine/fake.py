@@ -1,4 +1,4 @@
-"""A runner without a model: same interface, the arithmetic of a toy. For tests of engine and server.
+"""A runner without a model, for tests of engine and server: same interface, toy arithmetic.
 
 The "image" is flat: its colour is a function of the seed, and the same alone or in a batch. What
 happens in which order is recorded; what should go wrong is handed in.

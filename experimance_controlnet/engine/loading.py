@@ -34,7 +34,8 @@ class ModelLoads:
         models_in_use: Callable[[], set[str]],
     ) -> None:
         """``post`` puts work into the engine's inbox; it is the only thing that the reading thread
-        calls."""
+        calls.
+        """
         self._runner = runner
         self._post = post
         self._models_in_use = models_in_use
@@ -67,7 +68,7 @@ class ModelLoads:
         started_s = time.monotonic()
         try:
             loaded.set_result(self._runner.load(model))
-        except Exception as error:  # the top of this thread: the engine's thread judges it
+        except Exception as error:  # noqa: BLE001 - top of this thread; the engine's judges it
             loaded.set_exception(error)
         else:
             log.info("model_loaded", model=model, load_s=round(time.monotonic() - started_s, 3))

@@ -18,7 +18,8 @@ from experimance_controlnet.errors import QueueFullError, UnavailableError, Work
 @dataclass(eq=False, slots=True)
 class Ticket:
     """A claim on one image. The future resolves exactly once and cannot be cancelled by its holder;
-    to give a ticket up, call ``Engine.abort``."""
+    to give a ticket up, call ``Engine.abort``.
+    """
 
     request: GenerationRequest
     accepted_s: float
@@ -27,7 +28,7 @@ class Ticket:
 
 
 class Ledger:
-    """Tickets are opened here, up to a capacity, and each is closed once: by a result or an error."""
+    """Opens tickets, up to a capacity, and closes each once: by a result or an error."""
 
     def __init__(self, capacity: int) -> None:
         """``capacity`` in images."""

@@ -1,0 +1,132 @@
+"""What steers an image: prompts to embeddings, a depth map to the ControlNet's input."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsType
+
+from experimance_controlnet.engine.checkpoint import SdxlModules
+from experimance_controlnet.engine.request import DepthImage
+
+_WEIGHTED = re.compile(r"(?<!\\)\(([^()]+):\s*(\d+(?:\.\d+)?)\s*\)")
+_CHUNK_TOKENS = 77
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A part of a prompt and how much it counts."""
+
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEmbedding:
+    """An encoded prompt, on the device."""
+
+    embeds: torch.Tensor  # (1, 77 x chunks, D)
+    pooled: torch.Tensor  # (1, P), of the first 77 tokens, as SDXL was trained
+
+
+def parse_weights(prompt: str) -> list[Fragment]:
+    r"""Split ``a (red:1.3) barn`` into its fragments; there is always one.
+
+    ``\(`` and ``\)`` are literal parentheses, and so are those without a weight.
+    """
+    fragments: list[Fragment] = []
+    end = 0
+    for match in _WEIGHTED.finditer(prompt):
+        fragments += [Fragment(prompt[end : match.start()]), Fragment(match[1], float(match[2]))]
+        end = match.end()
+    fragments.append(Fragment(prompt[end:]))
+    unescaped = [
+        Fragment(part.text.replace("\\(", "(").replace("\\)", ")"), part.weight)
+        for part in fragments
+        if part.text.strip()
+    ]
+    return unescaped or [Fragment(prompt)]
+
+
+class PromptEncoder:
+    """Both text encoders of one model, with a cache of what they said."""
+
+    def __init__(
+        self, modules: SdxlModules, device: torch.device, cache_entries: int = 256
+    ) -> None:
+        self._pairs = (
+            (modules.tokenizer, modules.text_encoder),
+            (modules.tokenizer_2, modules.text_encoder_2),
+        )
+        self._device = device
+        self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
+        self._cache_entries = cache_entries
+
+    def count_tokens(self, prompt: str) -> tuple[int, int]:
+        """Tokens, and chunks of 77 that they need with their start and end marks. No device."""
+        fragments = parse_weights(prompt)
+        texts, weights = _columns(fragments)
+        provider = self._provider(0)
+        tokens = sum(map(len, provider.get_token_ids(texts, include_start_and_end_markers=False)))
+        padded, _, _ = provider.get_token_ids_and_expand_weights(texts, weights, device="cpu")
+        return tokens, len(padded) // _CHUNK_TOKENS
+
+    def encode(self, prompt: str, chunks: int, weights_key: Hashable = None) -> PromptEmbedding:
+        """Encode, padded to ``chunks`` with the embedding of nothing.
+
+        ``weights_key`` names what is merged into the text encoders: a part of the cache's key.
+        """
+        key = (prompt, chunks, weights_key)
+        if key not in self._cache:
+            self._cache[key] = self._encode(prompt, chunks)
+            if len(self._cache) > self._cache_entries:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def _encode(self, prompt: str, chunks: int) -> PromptEmbedding:
+        fragments = parse_weights(prompt)
+        texts, weights = _columns(fragments)
+        columns = []
+        for index in range(len(self._pairs)):
+            provider = self._provider(index)
+            embeds = provider.get_embeddings_for_weighted_prompt_fragments(
+                [texts], [weights], device=self._device
+            )
+            missing = chunks - embeds.shape[1] // _CHUNK_TOKENS
+            columns.append(torch.cat([embeds, *[provider.empty_z] * missing], dim=1))
+        pooled = self._provider(1).get_pooled_embeddings(["".join(texts)], device=self._device)
+        return PromptEmbedding(embeds=torch.cat(columns, dim=-1), pooled=pooled)
+
+    def _provider(self, index: int) -> EmbeddingsProvider:
+        # A fresh one each time: it remembers the embedding of nothing, which adapters change.
+        tokenizer, text_encoder = self._pairs[index]
+        return EmbeddingsProvider(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            truncate=False,
+            returned_embeddings_type=ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED,
+            device=self._device,
+        )
+
+
+def _columns(fragments: list[Fragment]) -> tuple[list[str], list[float]]:
+    return [part.text for part in fragments], [part.weight for part in fragments]
+
+
+def depth_to_control(
+    depth: DepthImage, height: int, width: int, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """The ControlNet's input: (1, 3, height, width) in 0..1, resized where the map is of another
+    size. Resizing a depth image keeps its full precision, 16 bit included.
+    """
+    image = torch.from_numpy(depth).to(device)[None, None]  # (1, 1, h, w) fp32
+    if image.shape[-2:] != (height, width):
+        image = torch.nn.functional.interpolate(
+            image, size=(height, width), mode="bicubic", antialias=True
+        ).clamp_(0, 1)
+    return image.expand(1, 3, height, width).to(dtype).contiguous()

@@ -1,0 +1,306 @@
+"""The thread, its books and its faults, on a runner that only pretends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from experimance_controlnet.engine.engine import Engine
+from experimance_controlnet.engine.fake import FakeRunner
+from experimance_controlnet.engine.request import GenerationRequest, Progress
+from experimance_controlnet.engine.tickets import Ticket
+from experimance_controlnet.errors import (
+    BadWeightsError,
+    DeadlineExceededError,
+    DeviceMemoryError,
+    DrainingError,
+    EngineDeadError,
+    GenerationError,
+    ModelBusyError,
+    QueueFullError,
+    RequestAbortedError,
+)
+
+WAIT_S = 20.0
+StartEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def start() -> Iterator[StartEngine]:
+    engines: list[Engine] = []
+
+    def start(runner: FakeRunner, **options: Any) -> Engine:
+        engine = Engine(runner, **{"queue_capacity": 16, "max_rows": 8, **options})
+        engine.start()
+        engines.append(engine)
+        return engine
+
+    yield start
+    for engine in engines:
+        engine.stop(timeout_s=1.0)
+
+
+def request(name: str = "r", **changes: Any) -> GenerationRequest:
+    fields: dict[str, Any] = {
+        "model": "lightning",
+        "prompt": "p",
+        "negative_prompt": None,
+        "width": 64,
+        "height": 64,
+        "steps": 4,
+        "cfg": 2.0,
+        "seed": 1,
+        "scheduler": "euler",
+        "workload": 10.0,
+    }
+    return GenerationRequest(request_id=name, **{**fields, **changes})
+
+
+def outcomes(tickets: list[Ticket]) -> list[type[BaseException] | None]:
+    """None for an image, else the class of the error."""
+    errors = [ticket.future.exception(WAIT_S) for ticket in tickets]
+    return [error and type(error) for error in errors]
+
+
+def fail_on(operation: str, name: str, error: Exception, once: bool = False) -> Any:
+    """A fault that strikes whenever that operation meets the named request."""
+    left = [1 if once else 10**9]
+
+    def fault(at: str, requests: list[GenerationRequest]) -> None:
+        if at == operation and any(one.request_id == name for one in requests) and left[0]:
+            left[0] -= 1
+            raise error
+
+    return fault
+
+
+def test_images_and_their_times(start: StartEngine) -> None:
+    engine = start(FakeRunner(step_s=0.01))
+    tickets = engine.submit([request("a", seed=3), request("b", seed=4)])
+    results = [ticket.future.result(WAIT_S) for ticket in tickets]
+    assert [result.pixels[0, 0, 0] for result in results] == [4, 5]
+    assert results[0].denoise_s >= 4 * 0.01
+    assert results[0].queue_s >= 0
+    assert engine.health().queue_depth == 0
+
+
+def test_requests_share_batches_and_join_late(start: StartEngine) -> None:
+    runner = FakeRunner(step_s=0.05)
+    engine = start(runner)
+    engine.load("lightning").result(WAIT_S)
+    first = engine.submit([request("first", steps=10)])
+    time.sleep(0.15)
+    second = engine.submit([request("second", steps=2)])
+    assert outcomes(first + second) == [None, None]
+    assert ["first"] in runner.batches
+    assert runner.batches.count(["first", "second"]) == 2
+
+
+def test_progress_is_told_for_every_step(start: StartEngine) -> None:
+    seen: list[Progress] = []
+    [ticket] = start(FakeRunner()).submit([request(steps=5)], on_progress=seen.append)
+    ticket.future.result(WAIT_S)
+    assert seen == [Progress(step, 5) for step in range(1, 6)]
+
+
+@pytest.mark.parametrize("operation", ["prepare", "predict", "advance", "decode"])
+def test_only_the_culprit_of_a_batch_fails(start: StartEngine, operation: str) -> None:
+    runner = FakeRunner(step_s=0.01, load_s=0.2, fault=fail_on(operation, "bad", ValueError("x")))
+    engine = start(runner)
+    tickets = engine.submit([request(name) for name in ("a", "bad", "b", "c")])
+    assert outcomes(tickets) == [None, GenerationError, None, None]
+    assert engine.health().alive
+    assert outcomes(engine.submit([request("next")])) == [None]
+
+
+def test_a_typed_error_is_passed_on(start: StartEngine) -> None:
+    runner = FakeRunner(fault=fail_on("admit", "bad", BadWeightsError("no")))
+    assert outcomes(start(runner).submit([request("bad"), request("good")])) == [
+        BadWeightsError,
+        None,
+    ]
+
+
+def test_out_of_memory_splits_the_batch(start: StartEngine) -> None:
+    def fault(operation: str, requests: list[GenerationRequest]) -> None:
+        if operation == "predict" and len(requests) > 1:
+            raise MemoryError
+
+    engine = start(FakeRunner(load_s=0.2, fault=fault))
+    assert outcomes(engine.submit([request("a"), request("b")])) == [None, None]
+
+
+def test_out_of_memory_of_one_alone(start: StartEngine) -> None:
+    engine = start(FakeRunner(fault=fail_on("predict", "big", MemoryError())))
+    assert outcomes(engine.submit([request("big")])) == [DeviceMemoryError]
+    assert outcomes(engine.submit([request("small")])) == [None]
+
+
+def test_a_lost_device_ends_the_engine(start: StartEngine) -> None:
+    died = threading.Event()
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    runner = FakeRunner(load_s=0.2, fault=fail_on("predict", "bad", error))
+    engine = start(runner, on_death=died.set)
+    tickets = engine.submit([request("a"), request("bad"), request("b", model="base")])
+    assert outcomes(tickets) == [EngineDeadError] * 3
+    assert died.wait(WAIT_S)
+    assert not engine.health().alive
+    with pytest.raises(EngineDeadError):
+        engine.submit([request()])
+    with pytest.raises(EngineDeadError):
+        engine.load("base")
+
+
+def test_queue_full_accepts_all_or_none(start: StartEngine) -> None:
+    engine = start(FakeRunner(step_s=0.05), queue_capacity=3)
+    accepted = engine.submit([request("a"), request("b")])
+    with pytest.raises(QueueFullError) as refused:
+        engine.submit([request("c"), request("d")])
+    assert refused.value.retry_after_s >= 1
+    assert engine.health().queue_depth == 2
+    assert engine.health().queue_workload == 20.0
+    accepted += engine.submit([request("e")])
+    assert outcomes(accepted) == [None] * 3
+
+
+def test_deadline_passes_in_the_queue(start: StartEngine) -> None:
+    runner = FakeRunner(step_s=0.1)
+    engine = start(runner, max_rows=2)
+    engine.load("lightning").result(WAIT_S)
+    tickets = engine.submit(
+        [request("first"), request("late", deadline_s=time.monotonic() + 0.15)]
+    )
+    assert outcomes(tickets) == [None, DeadlineExceededError]
+    assert not any("late" in batch for batch in runner.batches)
+
+
+def test_deadline_passes_while_the_model_loads(start: StartEngine) -> None:
+    engine = start(FakeRunner(load_s=1.0))
+    [ticket] = engine.submit([request(deadline_s=time.monotonic() + 0.1)])
+    submitted_s = time.monotonic()
+    assert outcomes([ticket]) == [DeadlineExceededError]
+    assert time.monotonic() - submitted_s < 0.9
+
+
+def test_a_request_under_way_outlives_its_deadline(start: StartEngine) -> None:
+    engine = start(FakeRunner(step_s=0.1))
+    assert outcomes(engine.submit([request(deadline_s=time.monotonic() + 0.2)])) == [None]
+
+
+def test_abort_frees_the_slot_within_a_step(start: StartEngine) -> None:
+    runner = FakeRunner(step_s=0.05)
+    engine = start(runner)
+    [ticket] = engine.submit([request("gone", steps=50)])
+    while not runner.batches:
+        time.sleep(0.01)
+    engine.abort(ticket)
+    assert outcomes([ticket]) == [RequestAbortedError]
+    assert len(runner.batches) < 10
+    assert engine.health().queue_depth == 0
+
+
+def test_abort_while_the_model_loads_and_after_the_end(start: StartEngine) -> None:
+    engine = start(FakeRunner(load_s=0.3))
+    [gone, stays] = engine.submit([request("gone"), request("stays")])
+    engine.abort(gone)
+    assert outcomes([gone, stays]) == [RequestAbortedError, None]
+    engine.abort(stays)
+    assert outcomes(engine.submit([request("next")])) == [None]
+
+
+def test_loaded_models_go_on_while_another_loads(start: StartEngine) -> None:
+    engine = start(FakeRunner(load_s=0.5))
+    engine.load("lightning").result(WAIT_S)
+    [waits] = engine.submit([request("other", model="base")])
+    [goes] = engine.submit([request("same")])
+    goes.future.result(WAIT_S)
+    assert not waits.future.done()
+    assert engine.health().models_loading == ("base",)
+    assert outcomes([waits]) == [None]
+    assert set(engine.health().models_loaded) == {"lightning", "base"}
+
+
+def test_a_model_that_cannot_be_loaded(start: StartEngine) -> None:
+    failures = [BadWeightsError("cut short")]
+
+    def fault(operation: str, requests: list[GenerationRequest]) -> None:
+        if operation == "load" and failures:
+            raise failures.pop()
+
+    engine = start(FakeRunner(load_s=0.1, fault=fault))
+    assert outcomes(engine.submit([request("a"), request("b")])) == [BadWeightsError] * 2
+    assert outcomes(engine.submit([request("again")])) == [None]
+
+
+def test_load_and_unload(start: StartEngine) -> None:
+    engine = start(FakeRunner(step_s=0.05))
+    engine.load("lightning").result(WAIT_S)
+    engine.load("lightning").result(WAIT_S)
+    assert engine.health().models_loaded == ("lightning",)
+    tickets = engine.submit([request()])
+    assert isinstance(engine.unload("lightning").exception(WAIT_S), ModelBusyError)
+    assert outcomes(tickets) == [None]
+    engine.unload("lightning").result(WAIT_S)
+    assert engine.health().models_loaded == ()
+    engine.unload("lightning").result(WAIT_S)
+
+
+def test_stop_finishes_what_was_accepted(start: StartEngine) -> None:
+    engine = start(FakeRunner(step_s=0.02))
+    tickets = engine.submit([request(str(number), cfg=1.0) for number in range(6)])
+    assert engine.stop(timeout_s=WAIT_S)
+    assert outcomes(tickets) == [None] * 6
+    with pytest.raises(DrainingError):
+        engine.submit([request()])
+
+
+def test_stop_does_not_wait_for_ever(start: StartEngine) -> None:
+    engine = start(FakeRunner(step_s=0.2, load_s=5.0))
+    tickets = engine.submit([request(steps=50)])
+    loading = engine.load("base")
+    assert not engine.stop(timeout_s=0.3)
+    assert outcomes(tickets) == [DrainingError]
+    assert isinstance(loading.exception(WAIT_S), DrainingError)
+
+
+def test_the_watchdog_sees_a_hang(start: StartEngine) -> None:
+    engine = start(FakeRunner(step_s=1.0), watchdog_s=0.2)
+    tickets = engine.submit([request(steps=1)])
+    time.sleep(0.6)
+    assert engine.health().hung
+    assert engine.health().alive
+    assert outcomes(tickets) == [None]
+    assert not engine.health().hung
+
+
+def test_every_ticket_ends_exactly_once(start: StartEngine) -> None:
+    """Submitted, failed and aborted at random from several threads."""
+    engine = start(
+        FakeRunner(step_s=0.001, fault=fail_on("predict", "bad", ValueError("x"))),
+        queue_capacity=1000,
+    )
+    tickets: list[Ticket] = []
+
+    def client(number: int) -> None:
+        for index in range(40):
+            name = "bad" if index % 7 == 0 else "good"
+            model = ("lightning", "base")[index % 2]
+            [ticket] = engine.submit([request(name, model=model, steps=1 + index % 3)])
+            tickets.append(ticket)
+            if index % 5 == number % 5:
+                engine.abort(ticket)
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(4)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    ended = outcomes(tickets)
+    assert len(ended) == 160
+    assert set(ended) <= {None, GenerationError, RequestAbortedError}
+    assert {None, GenerationError} <= set(ended)
+    assert engine.health().queue_depth == 0
