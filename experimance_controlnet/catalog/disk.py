@@ -1,0 +1,44 @@
+"""Room, faults and flushing of the disk that holds MODELS_DIR."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from experimance_controlnet.errors import DiskFullError, ModelFileError
+
+_SPARE_BYTES = 256 << 20  # stays free, for logs and whatever else lives on that disk
+
+
+def check_free_space(folder: Path, needed_bytes: int) -> None:
+    """Raises DiskFullError where a folder's disk cannot take that much and keep a reserve."""
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes + _SPARE_BYTES > free_bytes:
+        raise DiskFullError(
+            f"the disk of {folder} has {free_bytes / 1e9:.1f} GB free; "
+            f"a download needs {(needed_bytes + _SPARE_BYTES) / 1e9:.1f} GB"
+        )
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError of writing ``target`` into DiskFullError or ModelFileError."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot write {target}: {error.strerror}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (DiskFullError if full else ModelFileError)(message) from error
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
