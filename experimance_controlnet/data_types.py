@@ -206,6 +206,10 @@ class GenerationMetadata(BaseModel):
     queue_time: float = Field(description="Seconds; the same as times.queue_s.")
     times: PhaseTimes
     memory: MemoryUse
+    notes: list[str] = Field(
+        default_factory=list,
+        description="What had to be done differently, e.g. decoded again in full precision.",
+    )
     server_version: str
 
 

@@ -1,1 +1,11 @@
 """What runs on the device. Knows neither HTTP nor pydantic."""
+
+import os
+
+# Read by the libraries when they are first imported; the operator's own values win.
+# Hints for notebooks do not belong in a server's log.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+# Idle OpenMP threads that spin take the cores from HTTP and image encoding, and from any other
+# process: on two busy cores a picture then takes twenty times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

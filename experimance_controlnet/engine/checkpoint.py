@@ -16,11 +16,17 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
     StableDiffusionXLPipeline,
 )
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.errors import BadWeightsError
+
+# Progress bars would only garble the server's log.
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 _COMPONENTS: dict[str, Any] = {
     "unet": UNet2DConditionModel,
@@ -64,7 +70,8 @@ def load_checkpoint(
         for name in _COMPONENTS:
             _finish(name, parts[name], device)
         vae_dtype = _vae_dtype(parts["vae"], dtype)
-        parts["vae"].to(dtype=vae_dtype)
+        if vae_dtype != dtype:
+            parts["vae"].to(dtype=vae_dtype)
         # channels_last is the layout in which the device's convolutions are fastest
         for name in ("unet", "vae"):
             parts[name].to(memory_format=torch.channels_last)
@@ -120,7 +127,7 @@ def _read_component(component: Any, folder: Path, dtype: torch.dtype) -> Any:
     module, info = component.from_pretrained(
         folder,
         variant="fp16" if only_half else None,
-        torch_dtype=dtype,
+        dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
@@ -139,7 +146,7 @@ def _read_single_file(source: Path, base: Path, dtype: torch.dtype) -> dict[str,
         raise BadWeightsError(f"{source.name} is not a .safetensors file.")
     verify_safetensors(source)
     pipeline = StableDiffusionXLPipeline.from_single_file(
-        str(source), config=str(base), torch_dtype=dtype, local_files_only=True
+        str(source), config=str(base), dtype=dtype, local_files_only=True
     )
     return {name: pipeline.components[name] for name in (*_COMPONENTS, *_TOKENIZERS)}
 

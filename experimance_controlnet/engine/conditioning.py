@@ -97,8 +97,9 @@ class PromptEncoder:
             embeds = provider.get_embeddings_for_weighted_prompt_fragments(
                 [texts], [weights], device=self._device
             )
-            missing = chunks - embeds.shape[1] // _CHUNK_TOKENS
-            columns.append(torch.cat([embeds, *[provider.empty_z] * missing], dim=1))
+            while embeds.shape[1] < chunks * _CHUNK_TOKENS:
+                embeds = torch.cat([embeds, provider.empty_z], dim=1)
+            columns.append(embeds)
         pooled = self._provider(1).get_pooled_embeddings(["".join(texts)], device=self._device)
         return PromptEmbedding(embeds=torch.cat(columns, dim=-1), pooled=pooled)
 

@@ -21,7 +21,7 @@ import structlog
 
 from experimance_controlnet.engine.batcher import Batcher
 from experimance_controlnet.engine.faults import as_worker_error, is_fatal, is_out_of_memory
-from experimance_controlnet.engine.loading import ModelLoads
+from experimance_controlnet.engine.loading import LoadTotal, ModelLoads
 from experimance_controlnet.engine.request import (
     GenerationRequest,
     Progress,
@@ -120,6 +120,14 @@ class Engine:
             self._inbox.put(partial(self._admit, ticket))
         return tickets
 
+    def check_room(self, images: int) -> None:
+        """Ask before costly preparations: raises what :meth:`submit` would raise right now.
+
+        Raises:
+            QueueFullError, DrainingError, EngineDeadError
+        """
+        self._ledger.check_room(images)
+
     def abort(self, ticket: Ticket) -> None:
         """End a request at its next step boundary; without effect where it has ended already."""
         self._inbox.put(partial(self._drop, ticket))
@@ -155,6 +163,10 @@ class Engine:
             last_error=self._last_error,
         )
 
+    def model_loads(self) -> dict[str, LoadTotal]:
+        """How often each model was read, and how long that took."""
+        return dict(self._loads.totals)
+
     @property
     def device_name(self) -> str:
         """For people."""
@@ -172,6 +184,12 @@ class Engine:
                 DrainingError("The server is stopping; send the request to another one.")
             )
 
+    def give_up(self, reason: str) -> None:
+        """Declare the engine dead from outside, when it hangs: everything that waits ends with
+        EngineDeadError. The thread itself cannot be ended; the process should exit.
+        """
+        self._die(reason)
+
     def stop(self, timeout_s: float) -> bool:
         """Drain, wait for what was accepted, end the thread. False where the time did not suffice:
         what was left ended with DrainingError.
@@ -188,7 +206,7 @@ class Engine:
 
     def _promise(self, work: Callable[[Future[None]], None]) -> Future[None]:
         """Ask the engine's thread for something; the future is settled even if the engine ends."""
-        self._ledger.check_open()
+        self._ledger.check_room()
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()
         self._promises.add(future)

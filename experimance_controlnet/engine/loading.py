@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,14 @@ log = structlog.get_logger()
 
 Waiter = Callable[[Exception | None], None]
 """Told on the engine's thread that the model is there (None), or why it is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadTotal:
+    """How often a model was read into memory, and the seconds that took in all."""
+
+    count: int = 0
+    seconds: float = 0.0
 
 
 class ModelLoads:
@@ -41,6 +50,8 @@ class ModelLoads:
         self._models_in_use = models_in_use
         self._waiters: dict[str, list[Waiter]] = {}  # in order of the first wish
         self._reading: str | None = None
+        self.totals: dict[str, LoadTotal] = {}
+        """By model, for statistics. Copy it on another thread, do not iterate."""
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -71,7 +82,10 @@ class ModelLoads:
         except Exception as error:  # noqa: BLE001 - top of this thread; the engine's judges it
             loaded.set_exception(error)
         else:
-            log.info("model_loaded", model=model, load_s=round(time.monotonic() - started_s, 3))
+            load_s = time.monotonic() - started_s
+            total = self.totals.get(model, LoadTotal())
+            self.totals[model] = LoadTotal(total.count + 1, total.seconds + load_s)
+            log.info("model_loaded", model=model, load_s=round(load_s, 3))
         self._post(partial(self._done, model, loaded))
 
     def _done(self, model: str, loaded: Future[Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import diffusers
 import torch
 
-from experimance_controlnet.catalog.specs import SchedulerName
+from experimance_controlnet.catalog.specs import ModelSpec, SchedulerName
 from experimance_controlnet.errors import InvalidRequestError
 
 
@@ -46,11 +46,35 @@ _TABLE: Mapping[SchedulerName, tuple[type[Any], Mapping[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "lcm": (diffusers.LCMScheduler, {}),
 }
-"""Class, and what sets it apart from the model's own configuration."""
+"""Class, and what makes it the one that the name promises."""
 
 SCHEDULER_NAMES: tuple[SchedulerName, ...] = tuple(_TABLE)
 KARRAS_SCHEDULERS = frozenset({"euler", "dpm_sde", "dpm_multi", "dpm_single"})
 """Those that can space their noise levels after Karras et al. 2022."""
+
+
+_NOISE_SCHEDULE = frozenset(
+    {
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+        "timestep_spacing",
+        "steps_offset",
+    }
+)
+"""How the model was trained: holds for every scheduler. The rest of a model's configuration belongs
+to the scheduler that the model recommends."""
+
+
+def scheduler_config(spec: ModelSpec, name: SchedulerName) -> Mapping[str, Any]:
+    """What the model's configuration says to this scheduler."""
+    if name == spec.scheduler:
+        return spec.scheduler_config
+    return {key: value for key, value in spec.scheduler_config.items() if key in _NOISE_SCHEDULE}
 
 
 def make_scheduler(
@@ -61,7 +85,7 @@ def make_scheduler(
 ) -> NoiseScheduler:
     """A fresh scheduler with its ``steps`` laid out.
 
-    ``model_config`` are the model's training noise schedule and spacing, in diffusers' words.
+    ``model_config`` is in diffusers' words, see :func:`scheduler_config`.
     ``use_karras_sigmas`` overrides the scheduler's own choice. All its tables stay on the CPU: the
     look-ups of a step then never wait for the device.
 
@@ -69,7 +93,7 @@ def make_scheduler(
         InvalidRequestError: Karras sigmas asked of a scheduler that has none.
     """
     scheduler_class, overrides = _TABLE[name]
-    config = {**model_config, **overrides}
+    config = {**overrides, **model_config}
     if use_karras_sigmas is not None:
         if use_karras_sigmas and name not in KARRAS_SCHEDULERS:
             raise InvalidRequestError(

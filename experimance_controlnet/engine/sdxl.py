@@ -35,7 +35,7 @@ from experimance_controlnet.engine.residency import (
     free_memory_bytes,
 )
 from experimance_controlnet.engine.runner import GpuMemory
-from experimance_controlnet.engine.schedulers import make_scheduler
+from experimance_controlnet.engine.schedulers import make_scheduler, scheduler_config
 from experimance_controlnet.errors import ModelFileError
 
 
@@ -143,7 +143,7 @@ class SdxlRunner:
             chunks = max(chunks, model.prompts.count_tokens(request.negative_prompt)[1])
         scheduler = make_scheduler(
             request.scheduler,
-            model.spec.scheduler_config,
+            scheduler_config(model.spec, request.scheduler),
             request.steps,
             request.use_karras_sigmas,
         )

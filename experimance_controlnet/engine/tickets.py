@@ -46,21 +46,15 @@ class Ledger:
             UnavailableError: what :meth:`refuse` was given.
         """
         with self._lock:
-            if self._refusal is not None:
-                raise self._refusal
-            if len(self._open) + len(tickets) > self._capacity:
-                raise QueueFullError(
-                    f"{len(self._open)} of {self._capacity} images wait already; try again later.",
-                    retry_after_s=self._backlog_s(),
-                )
+            self._check_room(len(tickets))
             for ticket in tickets:
                 ticket.future.set_running_or_notify_cancel()
             self._open.update(tickets)
 
-    def check_open(self) -> None:
-        """Raises the refusal where nothing is accepted any more."""
-        if self._refusal is not None:
-            raise self._refusal
+    def check_room(self, images: int = 0) -> None:
+        """Raises what :meth:`open` would raise for so many at this moment; opens nothing."""
+        with self._lock:
+            self._check_room(images)
 
     def refuse(self, refusal: UnavailableError) -> None:
         """From now on :meth:`open` raises this."""
@@ -89,6 +83,15 @@ class Ledger:
         """All open ones, in no order."""
         with self._lock:
             return tuple(self._open)
+
+    def _check_room(self, images: int) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+        if len(self._open) + images > self._capacity:
+            raise QueueFullError(
+                f"{len(self._open)} of {self._capacity} images wait already; try again later.",
+                retry_after_s=self._backlog_s(),
+            )
 
     def _close(self, ticket: Ticket) -> bool:
         with self._lock:

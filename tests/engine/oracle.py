@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -93,24 +94,28 @@ class Oracle:
         spec = self._catalog.models[request.model]
         if spec.base_source is not None:
             parts["unet"] = UNet2DConditionModel.from_pretrained(
-                self._path(spec.source) / "unet", torch_dtype=torch.float32
+                self._path(spec.source) / "unet", dtype=torch.float32
             )
         folder = self._path(spec.base_source or spec.source)
         pipeline_class: Any = StableDiffusionXLPipeline
         if request.control is not None:
             source = self._catalog.controlnets[request.control.controlnet].source
             parts["controlnet"] = ControlNetModel.from_pretrained(
-                self._path(source), torch_dtype=torch.float32
+                self._path(source), dtype=torch.float32
             )
             pipeline_class = StableDiffusionXLControlNetPipeline
-        pipeline = pipeline_class.from_pretrained(folder, torch_dtype=torch.float32, **parts)
+        pipeline = pipeline_class.from_pretrained(folder, dtype=torch.float32, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def _add_adapters(self, pipeline: Any, request: GenerationRequest) -> None:
         for adapter in request.adapters:
             file = self._path(self._catalog.loras[adapter.name].source)
-            pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=adapter.name)
+            with warnings.catch_warnings():  # peft warns of a second adapter, which is meant
+                warnings.simplefilter("ignore", UserWarning)
+                pipeline.load_lora_weights(
+                    file.parent, weight_name=file.name, adapter_name=adapter.name
+                )
         if request.adapters:
             pipeline.set_adapters(
                 [adapter.name for adapter in request.adapters],

@@ -63,7 +63,7 @@ def request(name: str = "r", **changes: Any) -> GenerationRequest:
 def outcomes(tickets: list[Ticket]) -> list[type[BaseException] | None]:
     """None for an image, else the class of the error."""
     errors = [ticket.future.exception(WAIT_S) for ticket in tickets]
-    return [error and type(error) for error in errors]
+    return [None if error is None else type(error) for error in errors]
 
 
 def fail_on(operation: str, name: str, error: Exception, once: bool = False) -> Any:
@@ -171,9 +171,7 @@ def test_deadline_passes_in_the_queue(start: StartEngine) -> None:
     runner = FakeRunner(step_s=0.1)
     engine = start(runner, max_rows=2)
     engine.load("lightning").result(WAIT_S)
-    tickets = engine.submit(
-        [request("first"), request("late", deadline_s=time.monotonic() + 0.15)]
-    )
+    tickets = engine.submit([request("first"), request("late", deadline_s=time.monotonic() + 0.15)])
     assert outcomes(tickets) == [None, DeadlineExceededError]
     assert not any("late" in batch for batch in runner.batches)
 

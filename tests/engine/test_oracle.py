@@ -47,7 +47,9 @@ def test_control_range(runner: SdxlRunner, oracle: Oracle, start: float, end: fl
 
 @pytest.mark.parametrize("model", ["hyper", "base"])
 def test_other_models(runner: SdxlRunner, oracle: Oracle, model: str) -> None:
-    check(loaded(runner, model), oracle, model=model, control=DEPTH)
+    loaded(runner, model)
+    for scheduler in ("euler", "dpm_sde"):
+        check(runner, oracle, model=model, control=DEPTH, scheduler=scheduler)
 
 
 def test_other_shape(runner: SdxlRunner, oracle: Oracle) -> None:
