@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 from experimance_controlnet.catalog.safetensors_file import verify_safetensors
+from experimance_controlnet.engine.faults import is_fatal, is_out_of_memory
 from experimance_controlnet.errors import BadWeightsError
 
 # Progress bars would only garble the server's log.
@@ -95,12 +95,13 @@ def load_controlnet(folder: Path, device: torch.device, dtype: torch.dtype) -> C
 def _as_bad_weights(source: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError, json.JSONDecodeError) as error:
-        raise BadWeightsError(f"{source.name} cannot be loaded as SDXL: {error}") from error
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        if is_out_of_memory(error) or is_fatal(error):
             raise
-        raise BadWeightsError(f"{source.name} does not fit its configuration: {error}") from error
+        raise BadWeightsError(
+            f"{source.name} cannot be loaded as SDXL: its files are damaged or of another model; "
+            "the server's log has the cause."
+        ) from error
 
 
 def _read_folder(source: Path, base: Path | None, dtype: torch.dtype) -> dict[str, Any]:

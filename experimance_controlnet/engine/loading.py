@@ -17,7 +17,6 @@ from typing import Any
 import structlog
 
 from experimance_controlnet.engine.runner import Runner
-from experimance_controlnet.errors import WorkerError
 
 log = structlog.get_logger()
 
@@ -94,8 +93,6 @@ class ModelLoads:
         error = loaded.exception()
         if error is None:
             self._runner.install(model, loaded.result())
-        elif isinstance(error, WorkerError):
-            log.error("model_load_failed", model=model, error=str(error))
         else:
             log.error("model_load_failed", model=model, error=repr(error), exc_info=error)
         for waiter in waiters:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.engine.checkpoint import SdxlModules
-from experimance_controlnet.errors import BadAdapterError
+from experimance_controlnet.engine.faults import is_fatal, is_out_of_memory
+from experimance_controlnet.errors import BadAdapterError, BadWeightsError
 
 _ADAPTER = "adapter"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -72,7 +72,9 @@ def load_lora(name: str, path: Path, modules: SdxlModules, device: torch.device)
             component: _read_component(component, modules, state_dict, alphas, metadata, device)
             for component in COMPONENTS
         }
-    except (OSError, ValueError, KeyError, IndexError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, IndexError, RuntimeError, BadWeightsError) as error:
+        if is_out_of_memory(error) or is_fatal(error):
+            raise
         raise BadAdapterError(
             "loras", f"The LoRA {name} does not fit the model it was asked for."
         ) from error

@@ -1,0 +1,190 @@
+"""Adapters: merged exactly, unmerged exactly, refused when they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from experimance_controlnet.catalog.specs import Catalog
+from experimance_controlnet.catalog.store import ModelStore
+from experimance_controlnet.engine.checkpoint import SdxlModules, load_checkpoint
+from experimance_controlnet.engine.lora import COMPONENTS, AdapterMerger, LoraFactors, load_lora
+from experimance_controlnet.errors import BadAdapterError
+
+CPU = torch.device("cpu")
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def modules(catalog: Catalog, store: ModelStore) -> SdxlModules:
+    folder = store.path(catalog.models["base"].source)
+    assert folder is not None
+    return load_checkpoint(folder, None, CPU, torch.float32)
+
+
+@pytest.fixture
+def lora_file(catalog: Catalog, store: ModelStore) -> Callable[[str], Path]:
+    def find(name: str) -> Path:
+        path = store.path(catalog.loras[name].source)
+        assert path is not None
+        return path
+
+    return find
+
+
+def weights(module: torch.nn.Module) -> Tensors:
+    return {name: tensor.clone() for name, tensor in module.named_parameters()}
+
+
+def changed(before: Tensors, module: torch.nn.Module) -> set[str]:
+    return {
+        name for name, tensor in module.named_parameters() if not torch.equal(before[name], tensor)
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "drone",
+        "experimance",
+        "experimance_wilderness",
+        "experimance_historical",
+        "experimance_future",
+    ],
+)
+def test_merged_is_up_times_down(
+    modules: SdxlModules, lora_file: Callable[[str], Path], name: str
+) -> None:
+    """Against the formula, read from the file's own keys where they are in diffusers' layout."""
+    factors = load_lora(name, lora_file(name), modules, CPU)
+    raw = load_file(lora_file(name))
+    module = modules.unet
+    before = weights(module)
+    AdapterMerger("unet", module).apply([(factors, 0.7)])
+    assert changed(before, module) == {f"{path}.weight" for path in factors.deltas["unet"]}
+    for path, delta in factors.deltas["unet"].items():
+        layer = f"unet.{path}.lora_"
+        if f"{layer}A.weight" not in raw:
+            continue
+        update = raw[f"{layer}B.weight"].float() @ raw[f"{layer}A.weight"].float()
+        expected = before[f"{path}.weight"] + 0.7 * delta.scale * update
+        torch.testing.assert_close(module.get_parameter(f"{path}.weight").data, expected)
+    AdapterMerger("unet", module)  # a new one knows nothing; put the weights back by hand
+    module.load_state_dict(before)
+
+
+def test_any_order_of_switches_is_exact(
+    modules: SdxlModules, lora_file: Callable[[str], Path]
+) -> None:
+    a, b, c = (
+        load_lora(name, lora_file(name), modules, CPU)
+        for name in ("drone", "experimance_historical", "experimance")
+    )
+    pristine = {name: weights(getattr(modules, name)) for name in COMPONENTS}
+    mergers = {name: AdapterMerger(name, getattr(modules, name)) for name in COMPONENTS}
+
+    def apply(*adapters: tuple[LoraFactors, float]) -> dict[str, Tensors]:
+        for merger in mergers.values():
+            merger.apply(adapters)
+        return {name: weights(getattr(modules, name)) for name in COMPONENTS}
+
+    first = apply((a, 0.8), (b, 0.4))
+    for index in range(200):
+        apply((a, 0.1 * (index % 7)), (c, 1.0)) if index % 2 else apply((b, 2.0))
+    again = apply((a, 0.8), (b, 0.4))
+    apply()
+    for name in COMPONENTS:
+        assert all(torch.equal(first[name][key], again[name][key]) for key in first[name])
+        assert not changed(pristine[name], getattr(modules, name))
+
+
+def test_storage_of_the_weights_never_moves(
+    modules: SdxlModules, lora_file: Callable[[str], Path]
+) -> None:
+    factors = load_lora("drone", lora_file("drone"), modules, CPU)
+    before = {name: tensor.data_ptr() for name, tensor in modules.unet.named_parameters()}
+    merger = AdapterMerger("unet", modules.unet)
+    merger.apply([(factors, 1.0)])
+    merger.apply([])
+    assert before == {name: tensor.data_ptr() for name, tensor in modules.unet.named_parameters()}
+
+
+def test_an_error_half_way_leaves_nothing_behind(
+    modules: SdxlModules, lora_file: Callable[[str], Path]
+) -> None:
+    good = load_lora("drone", lora_file("drone"), modules, CPU)
+    path = sorted(good.deltas["unet"])[-1]
+    narrow = good.deltas["unet"][path]
+    torn = type(narrow)(narrow.down[:, :-1], narrow.up, narrow.scale)
+    bad = LoraFactors("bad", {**good.deltas, "unet": {**good.deltas["unet"], path: torn}})
+    before = weights(modules.unet)
+    merger = AdapterMerger("unet", modules.unet)
+    with pytest.raises(RuntimeError):
+        merger.apply([(bad, 1.0)])
+    merger.apply([])
+    assert not changed(before, modules.unet)
+
+
+def test_text_encoder_parts_are_read(
+    modules: SdxlModules, lora_file: Callable[[str], Path]
+) -> None:
+    with_text = load_lora("experimance", lora_file("experimance"), modules, CPU)
+    without = load_lora("drone", lora_file("drone"), modules, CPU)
+    assert with_text.deltas["text_encoder"] and with_text.deltas["text_encoder_2"]
+    assert with_text.touches_text() and not without.touches_text()
+
+
+def edited(source: Path, target: Path, edit: Callable[[Tensors], Tensors]) -> Path:
+    save_file(edit(load_file(source)), target)
+    return target
+
+
+def other_width(tensors: Tensors) -> Tensors:
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    return {**tensors, name: torch.zeros(tensors[name].shape[0], tensors[name].shape[1] + 1)}
+
+
+def unknown_layer(tensors: Tensors) -> Tensors:
+    extra = {
+        f"unet.down_blocks.7.attentions.0.proj_in.lora_{part}.weight": torch.zeros(4, 4)
+        for part in "AB"
+    }
+    return {**tensors, **extra}
+
+
+def half_a_pair(tensors: Tensors) -> Tensors:
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        other_width,
+        unknown_layer,
+        half_a_pair,
+        lambda tensors: {"weight": torch.zeros(3)},
+        lambda tensors: {**tensors, "unet.conv_in.dora_scale": torch.zeros(3)},
+    ],
+    ids=["other_width", "unknown_layer", "half_a_pair", "no_lora", "dora"],
+)
+def test_a_lora_that_does_not_fit_is_refused(
+    modules: SdxlModules,
+    lora_file: Callable[[str], Path],
+    tmp_path: Path,
+    edit: Callable[[Tensors], Tensors],
+) -> None:
+    bad = edited(lora_file("experimance_wilderness"), tmp_path / "bad.safetensors", edit)
+    with pytest.raises(BadAdapterError, match="bad"):
+        load_lora("bad", bad, modules, CPU)
+
+
+def test_a_pickle_is_refused(modules: SdxlModules, tmp_path: Path) -> None:
+    file = tmp_path / "evil.safetensors"
+    torch.save({"unet.conv_in.lora_A.weight": torch.zeros(1)}, file)
+    with pytest.raises(BadAdapterError):
+        load_lora("evil", file, modules, CPU)
