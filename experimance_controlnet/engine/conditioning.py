@@ -67,13 +67,21 @@ class PromptEncoder:
         self._cache_entries = cache_entries
 
     def count_tokens(self, prompt: str) -> tuple[int, int]:
-        """Tokens, and chunks of 77 that they need with their start and end marks. No device."""
+        """Tokens, and chunks of 77 that they need with their start and end marks. No device.
+
+        The larger of the two tokenizers' counts: they differ where a prompt holds "!", the padding
+        of the second.
+        """
         fragments = parse_weights(prompt)
         texts, weights = _columns(fragments)
-        provider = self._provider(0)
-        tokens = sum(map(len, provider.get_token_ids(texts, include_start_and_end_markers=False)))
-        padded, _, _ = provider.get_token_ids_and_expand_weights(texts, weights, device="cpu")
-        return tokens, len(padded) // _CHUNK_TOKENS
+        tokens, chunks = [], []
+        for index in range(len(self._pairs)):
+            provider = self._provider(index)
+            ids = provider.get_token_ids(texts, include_start_and_end_markers=False)
+            padded, _, _ = provider.get_token_ids_and_expand_weights(texts, weights, device="cpu")
+            tokens.append(sum(map(len, ids)))
+            chunks.append(len(padded) // _CHUNK_TOKENS)
+        return max(tokens), max(chunks)
 
     def encode(self, prompt: str, chunks: int, weights_key: Hashable = None) -> PromptEmbedding:
         """Encode, padded to ``chunks`` with the embedding of nothing.

@@ -143,6 +143,27 @@ def test_prompt_cache_answers_the_same(runner: SdxlRunner) -> None:
     assert all_equal([cold, warm])
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "!!!!! " * 60,
+        "!" * 2000,
+        "(" * 1000,
+        "a, " * 600,
+        "word" * 500,
+        "\U0001f3d4 snow \u5c71 \u0301",
+        " ",
+        "(x:0) y",
+        "(x:0.5)" * 60,
+        "<|endoftext|> <|startoftext|> river",
+        "(<|endoftext|>:0.5) river (<|startoftext|>:0.2)",
+    ],
+)
+def test_any_prompt_makes_a_picture(runner: SdxlRunner, prompt: str) -> None:
+    image = draw_one(runner, prompt=prompt, negative_prompt=prompt[::-1], steps=1)
+    assert image.std() > 1
+
+
 def test_token_counts(runner: SdxlRunner) -> None:
     state = runner.admit(make_request(prompt=LONG_PROMPT, negative_prompt="fog"), 0.0)
     runner.prepare(state)

@@ -1,0 +1,1 @@
+"""Recipe of the model family that ships inside the package: SDXL's architecture made tiny."""
