@@ -25,6 +25,18 @@ class RowBatch:
     prompt_embeds: torch.Tensor  # (R, T, D) model dtype
     added: Mapping[str, torch.Tensor]  # text_embeds (R, P), time_ids (R, 6), model dtype
 
+    def select(self, rows: Sequence[int]) -> RowBatch:
+        """Some of the rows; all of them, the usual case, cost nothing."""
+        if len(rows) == len(self.sample):
+            return self
+        index = torch.tensor(rows).to(self.sample.device, non_blocking=True)
+        return RowBatch(
+            sample=self.sample[index],
+            timesteps=self.timesteps[index],
+            prompt_embeds=self.prompt_embeds[index],
+            added={name: tensor[index] for name, tensor in self.added.items()},
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ControlResiduals:
@@ -137,7 +149,7 @@ def _row_numbers(acting: Sequence[tuple[int, RequestState]]) -> list[int]:
 def _run_controlnet(
     controlnet: ControlNetModel, acting: Sequence[tuple[int, RequestState]], rows: RowBatch
 ) -> ControlResiduals:
-    chosen = _row_numbers(acting)
+    chosen = rows.select(_row_numbers(acting))
     images: list[torch.Tensor] = []
     strengths: list[float] = []
     for _, state in acting:
@@ -146,11 +158,11 @@ def _run_controlnet(
         images.append(image.expand(state.request.rows, -1, -1, -1))
         strengths += [control.strength] * state.request.rows
     down, middle = controlnet(
-        rows.sample[chosen],
-        rows.timesteps[chosen],
-        encoder_hidden_states=rows.prompt_embeds[chosen],
+        chosen.sample,
+        chosen.timesteps,
+        encoder_hidden_states=chosen.prompt_embeds,
         controlnet_cond=torch.cat(images),
-        added_cond_kwargs={name: tensor[chosen] for name, tensor in rows.added.items()},
+        added_cond_kwargs=chosen.added,
         return_dict=False,
     )
     strength = torch.tensor(strengths, dtype=middle.dtype, device="cpu").to(

@@ -27,7 +27,7 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 """What an SDXL adapter may change."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LowRankDelta:
     """What an adapter adds to one weight: ``scale * up @ down``, folded to the weight's shape."""
 
@@ -42,9 +42,9 @@ class LowRankDelta:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LoraFactors:
-    """One adapter: per component, module path -> delta."""
+    """One adapter: per component, module path -> delta. Equal only to itself."""
 
     name: str
     deltas: Mapping[str, Mapping[str, LowRankDelta]]
@@ -158,12 +158,16 @@ class AdapterMerger:
         self._component = component
         self._module = module
         self._pristine: dict[str, torch.Tensor] = {}
-        self._merged: Sequence[tuple[LoraFactors, float]] | None = ()
+        self._merged: tuple[tuple[LoraFactors, float], ...] | None = ()
         self._altered: set[str] = set()
 
     def apply(self, adapters: Sequence[tuple[LoraFactors, float]]) -> None:
-        """Make exactly these adapters, at these strengths, the ones that are merged."""
-        if adapters == self._merged:
+        """Make exactly these adapters, at these strengths, the ones that are merged.
+
+        Costs nothing where they are already.
+        """
+        wanted = tuple(adapters)
+        if wanted == self._merged:
             return
         self._merged = None  # until done: an error half-way must not leave a claim behind
         touched: set[str] = set()
@@ -175,7 +179,7 @@ class AdapterMerger:
         for path in sorted(touched):
             self._merge_layer(path, adapters)
         self._altered = touched
-        self._merged = tuple(adapters)
+        self._merged = wanted
 
     def _merge_layer(self, path: str, adapters: Sequence[tuple[LoraFactors, float]]) -> None:
         weight = self._weight(path)

@@ -113,6 +113,21 @@ def test_storage_of_the_weights_never_moves(
     assert before == {name: tensor.data_ptr() for name, tensor in modules.unet.named_parameters()}
 
 
+def test_the_same_adapters_again_cost_nothing(
+    modules: SdxlModules, lora_file: Callable[[str], Path]
+) -> None:
+    factors = load_lora("drone", lora_file("drone"), modules, CPU)
+    merger = AdapterMerger("unet", modules.unet)
+    merger.apply([(factors, 1.0)])
+    # counts the writes to a tensor
+    versions = {name: tensor._version for name, tensor in modules.unet.named_parameters()}
+    merger.apply([(factors, 1.0)])
+    assert versions == {name: t._version for name, t in modules.unet.named_parameters()}
+    merger.apply([(factors, 0.9)])
+    assert versions != {name: t._version for name, t in modules.unet.named_parameters()}
+    merger.apply([])
+
+
 def test_an_error_half_way_leaves_nothing_behind(
     modules: SdxlModules, lora_file: Callable[[str], Path]
 ) -> None:
