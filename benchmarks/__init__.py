@@ -1,0 +1,1 @@
+"""Measurements. Each prints a table and ends with one JSON line."""
