@@ -8,11 +8,12 @@ Every accepted request ends exactly once: with a result, or with a typed error.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -200,8 +201,9 @@ class Engine:
             time.sleep(0.01)
         drained = not len(self._ledger)
         self._inbox.put(self._stop)
-        self._thread.join(timeout=5.0)
+        # before the join: who waits should not wait for a last step that nobody wants
         self._end_all(DrainingError("The server stopped before this image was finished."))
+        self._thread.join(timeout=5.0)
         return drained
 
     def _promise(self, work: Callable[[Future[None]], None]) -> Future[None]:
@@ -387,7 +389,8 @@ class Engine:
 
 
 def _settle(done: Future[None], problem: Exception | None) -> None:
-    if problem is None:
-        done.set_result(None)
-    else:
-        done.set_exception(as_worker_error(problem))
+    with contextlib.suppress(InvalidStateError):  # the end of the engine may have been first
+        if problem is None:
+            done.set_result(None)
+        else:
+            done.set_exception(as_worker_error(problem))

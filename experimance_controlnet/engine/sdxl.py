@@ -36,7 +36,7 @@ from experimance_controlnet.engine.residency import (
 )
 from experimance_controlnet.engine.runner import GpuMemory
 from experimance_controlnet.engine.schedulers import make_scheduler, scheduler_config
-from experimance_controlnet.errors import ModelFileError
+from experimance_controlnet.errors import ModelFileError, SettingsError
 
 
 @dataclass(slots=True)
@@ -52,9 +52,15 @@ class LoadedModel:
 
 
 def choose_device(wish: str) -> torch.device:
-    """``auto`` is CUDA where there is one. ``wish`` is ``auto``, ``cuda`` or ``cpu``."""
+    """``auto`` is CUDA where there is one. ``wish`` is ``auto``, ``cuda`` or ``cpu``.
+
+    Raises:
+        SettingsError: CUDA is wished for and there is none.
+    """
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "cpu"
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("MODEL_DEVICE (--model-device): there is no CUDA device here")
     return torch.device(wish)
 
 
@@ -62,7 +68,11 @@ class SdxlRunner:
     """See :class:`experimance_controlnet.engine.runner.Runner`."""
 
     def __init__(self, catalog: Catalog, store: ModelStore, device: str = "auto") -> None:
-        """The store holds the files already: fetching them is not the runner's job."""
+        """The store holds the files already: fetching them is not the runner's job.
+
+        Raises:
+            SettingsError: there is no such device.
+        """
         self._catalog = catalog
         self._store = store
         self._device = choose_device(device)

@@ -1,0 +1,113 @@
+"""Model files at the moment a request needs them: fetched once however many ask, never on the loop.
+
+Transfers run on daemon threads, because a process that is told to stop must not wait for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
+
+from experimance_controlnet.catalog.specs import Source
+from experimance_controlnet.errors import NotFoundUpstreamError
+
+T = TypeVar("T")
+
+ABSENT_FOR_S = 600.0
+"""How long the origin's word that a file does not exist is believed."""
+
+
+class Store(Protocol):
+    """What is needed of ``catalog.store.ModelStore``; its docstrings say what each raises."""
+
+    def path(self, source: Source) -> Any: ...
+    def fetch(self, source: Source) -> Any: ...
+    def content_hash(self, source: Source) -> str | None: ...
+
+
+class ModelFiles:
+    """The files of the catalogue. All methods are called on the event loop."""
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._clock = clock
+        self._transfers: dict[Source, asyncio.Task[None]] = {}
+        self._absent_until_s: dict[Source, float] = {}
+        self._hashes: dict[Source, asyncio.Task[str | None]] = {}
+
+    async def ensure(self, sources: Iterable[Source]) -> None:
+        """Return when all of them are on this disk.
+
+        Raises:
+            ModelFileError: one of them cannot be had. An origin's 404 is remembered in
+                :attr:`absent`.
+        """
+        missing = await in_daemon_thread(lambda: self._missing(sources))
+        # shielded: a transfer goes on for others when one who waits gives up
+        await asyncio.gather(*(asyncio.shield(self._transfer(source)) for source in missing))
+
+    async def on_disk(self, wanted: Mapping[str, Sequence[Source]]) -> dict[str, bool]:
+        """By key, whether all of its sources are on this disk."""
+        return await in_daemon_thread(
+            lambda: {key: not self._missing(sources) for key, sources in wanted.items()}
+        )
+
+    @property
+    def absent(self) -> Collection[Source]:
+        """The sources that do not exist, by the word of their origins."""
+        now = self._clock()
+        return {source for source, until in self._absent_until_s.items() if now < until}
+
+    async def content_hash(self, source: Source) -> str | None:
+        """sha256 of the weights, computed once; None where they are not on this disk."""
+        task = self._hashes.get(source)
+        if task is None:
+            work = in_daemon_thread(lambda: self._store.content_hash(source))
+            task = self._hashes[source] = asyncio.ensure_future(work)
+            task.add_done_callback(lambda done: self._keep_hash(source, done))
+        return await asyncio.shield(task)
+
+    def _missing(self, sources: Iterable[Source]) -> list[Source]:
+        return [source for source in dict.fromkeys(sources) if self._store.path(source) is None]
+
+    def _transfer(self, source: Source) -> asyncio.Task[None]:
+        task = self._transfers.get(source)
+        if task is None:
+            task = self._transfers[source] = asyncio.ensure_future(self._fetch(source))
+            task.add_done_callback(lambda done: self._end_transfer(source, done))
+        return task
+
+    def _end_transfer(self, source: Source, done: asyncio.Task[None]) -> None:
+        del self._transfers[source]
+        if not done.cancelled():
+            done.exception()  # seen, even if nobody waits any more
+
+    def _keep_hash(self, source: Source, done: asyncio.Task[str | None]) -> None:
+        if done.cancelled() or done.exception() is not None or done.result() is None:
+            del self._hashes[source]
+
+    async def _fetch(self, source: Source) -> None:
+        try:
+            await in_daemon_thread(lambda: self._store.fetch(source))
+        except NotFoundUpstreamError:
+            self._absent_until_s[source] = self._clock() + ABSENT_FOR_S
+            raise
+
+
+async def in_daemon_thread(work: Callable[[], T]) -> T:
+    """The result of ``work``, on a thread that does not keep the process alive."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # whoever awaits may give up; the work goes on
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001 - the top of this thread: who awaits judges it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="files", daemon=True).start()
+    return await asyncio.wrap_future(future)

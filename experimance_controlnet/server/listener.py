@@ -1,0 +1,32 @@
+"""The socket that the server listens on. Imports little, so that a port in use is known at once."""
+
+from __future__ import annotations
+
+import socket
+
+from experimance_controlnet.errors import SettingsError
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Listen; who connects before the application is ready waits.
+
+    Raises:
+        SettingsError: the address cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        # create_server adds the address in words of its own
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise SettingsError(f"Cannot listen on {host} port {port}: {reason}") from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a client on this machine reaches the socket."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
