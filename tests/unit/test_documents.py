@@ -1,0 +1,50 @@
+"""The README says what the code does: every setting, request field and make target is in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experimance_controlnet.data_types import ControlNetGenerateData
+from experimance_controlnet.server.problems import STATUS
+from experimance_controlnet.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+OLDER_SPELLINGS = {"use_jpeg", "enable_deepcache"}
+"""Fields for deployed clients, not for new ones."""
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_documented_with_its_default(name: str) -> None:
+    rows = [line for line in README.splitlines() if f"`{name.upper()}`" in line and "|" in line]
+    assert rows, name
+    default = Settings.model_fields[name].default
+    shown = f"{default:g}" if isinstance(default, float) else str(default)
+    assert any(shown in row for row in rows), f"{name}: {shown}"
+
+
+@pytest.mark.parametrize("name", sorted(set(ControlNetGenerateData.model_fields) - OLDER_SPELLINGS))
+def test_every_request_field_is_documented(name: str) -> None:
+    assert f"`{name}`" in README or f"`{name.removeprefix('control_guidance')}`" in README
+
+
+@pytest.mark.parametrize("status", sorted({400, 413, 415, *STATUS.values()}))
+def test_every_status_is_documented(status: int) -> None:
+    assert re.search(rf"\b{status}\b", README)
+
+
+def test_every_link_leads_somewhere() -> None:
+    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text("utf-8")):
+            assert (ROOT / target).exists(), f"{document}: {target}"
+
+
+def test_every_file_of_the_architecture_exists() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    names = set(re.findall(r"\b(\w+\.py)\b", text)) | set(re.findall(r"`([\w/]+\.py)`", text))
+    package = ROOT / "experimance_controlnet"
+    for name in names:
+        assert [*package.rglob(Path(name).name), *(ROOT / "tools").rglob(Path(name).name)], name
