@@ -7,6 +7,7 @@ switches does not matter, and the storage of a weight never moves.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.engine.checkpoint import SdxlModules
@@ -23,6 +24,10 @@ from experimance_controlnet.engine.faults import is_fatal, is_out_of_memory
 from experimance_controlnet.errors import BadAdapterError, BadWeightsError
 
 _ADAPTER = "adapter"
+_ALPHA_TAIL = re.compile(r"(_lora|\.lora_linear_layer|\.lora)?(\.down\.weight)?\.alpha$")
+# How diffusers' converter calls attention layers in its keys, and how the modules do.
+_UNET_LAYERS = {"to_out": "to_out.0"}
+_TEXT_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 """What an SDXL adapter may change."""
 
@@ -62,11 +67,15 @@ def load_lora(name: str, path: Path, modules: SdxlModules, device: torch.device)
     """
     try:
         verify_safetensors(path)
-        weights = load_file(path)
-        if any("dora_scale" in key for key in weights):
-            raise BadAdapterError("loras", f"The LoRA {name} is a DoRA, which cannot be merged.")
+        _refuse_dora(name, path)
+        # From the path: only then are alphas in the file's metadata seen.
         state_dict, alphas, metadata = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
-            weights, unet_config=modules.unet.config, return_lora_metadata=True
+            str(path.parent),
+            weight_name=path.name,
+            use_safetensors=True,
+            local_files_only=True,
+            unet_config=modules.unet.config,
+            return_lora_metadata=True,
         )
         deltas = {
             component: _read_component(component, modules, state_dict, alphas, metadata, device)
@@ -82,6 +91,12 @@ def load_lora(name: str, path: Path, modules: SdxlModules, device: torch.device)
     return LoraFactors(name, deltas)
 
 
+def _refuse_dora(name: str, path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        if any("dora_scale" in key for key in file.keys()):  # noqa: SIM118 - no mapping
+            raise BadAdapterError("loras", f"The LoRA {name} is a DoRA, which cannot be merged.")
+
+
 def _read_component(
     component: str,
     modules: SdxlModules,
@@ -95,19 +110,21 @@ def _read_component(
         return {}
     live: Any = getattr(modules, component)
     twin = _empty_twin(live)
-    options: dict[str, Any] = {
-        "network_alphas": alphas,
-        "adapter_name": _ADAPTER,
-        "metadata": metadata,
-    }
+    options: dict[str, Any] = {"adapter_name": _ADAPTER, "metadata": metadata}
     if component == "unet":
         twin.load_lora_adapter(state_dict, prefix=component, low_cpu_mem_usage=True, **options)
     else:
         StableDiffusionXLLoraLoaderMixin.load_lora_into_text_encoder(
-            state_dict, text_encoder=twin, prefix=component, low_cpu_mem_usage=True, **options
+            state_dict,
+            network_alphas=None,
+            text_encoder=twin,
+            prefix=component,
+            low_cpu_mem_usage=True,
+            **options,
         )
+    by_layer = _alphas_by_layer(component, alphas)
     return {
-        path: _read_layer(layer, live.get_submodule(path).weight, device)
+        path: _read_layer(layer, live.get_parameter(f"{path}.weight"), by_layer.get(path), device)
         for path, layer in twin.named_modules()
         if isinstance(layer, LoraLayer)
     }
@@ -124,12 +141,33 @@ def _empty_twin(module: Any) -> Any:
     return twin.to_empty(device="cpu")
 
 
-def _read_layer(layer: Any, weight: torch.Tensor, device: torch.device) -> LowRankDelta:
+def _alphas_by_layer(component: str, alphas: Mapping[str, float] | None) -> dict[str, float]:
+    """Kohya's alphas by the path of the module they belong to.
+
+    The libraries would match them to layers by patterns that miss attention and text encoders, and
+    give those the file's most common alpha instead.
+    """
+    names = _UNET_LAYERS if component == "unet" else _TEXT_LAYERS
+    found: dict[str, float] = {}
+    for key, alpha in (alphas or {}).items():
+        if key.startswith(f"{component}."):
+            path = _ALPHA_TAIL.sub("", key.removeprefix(f"{component}."))
+            parent, _, layer = path.replace(".processor.", ".").rpartition(".")
+            path = f"{parent}.{names.get(layer, layer)}" if parent else layer
+            found[path] = float(alpha)
+            found[path.removeprefix("text_model.")] = float(alpha)  # transformers from 5.6 on
+    return found
+
+
+def _read_layer(
+    layer: Any, weight: torch.Tensor, alpha: float | None, device: torch.device
+) -> LowRankDelta:
     down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
     delta = LowRankDelta(
         down=down.detach().flatten(1).to(device),
         up=up.detach().flatten(1).to(device),
-        scale=float(layer.scaling[_ADAPTER]),
+        # without an alpha of its own: what the metadata say, else alpha = rank
+        scale=float(layer.scaling[_ADAPTER]) if alpha is None else alpha / len(down),
     )
     if delta.up.shape[0] * delta.down.shape[1] != weight.numel():
         raise ValueError(f"delta {tuple(up.shape)} x {tuple(down.shape)} for {tuple(weight.shape)}")
@@ -141,12 +179,13 @@ def _check_complete(
     state_dict: Mapping[str, torch.Tensor],
     deltas: Mapping[str, Mapping[str, LowRankDelta]],
 ) -> None:
-    """The libraries only warn about layers that the model lacks; half an adapter is a wrong one."""
-    in_file = sum(1 for key in state_dict if ".up." in key or "lora_B" in key)
-    read = sum(len(component) for component in deltas.values())
-    if read == 0 or read != in_file:
+    """The libraries only warn about what they do not use; half an adapter is a wrong one."""
+    layers = sum(len(component) for component in deltas.values())
+    if layers == 0 or 2 * layers != len(state_dict):
         raise BadAdapterError(
-            "loras", f"Of the {in_file} layers of the LoRA {name} the model knows only {read}."
+            "loras",
+            f"Of the {len(state_dict)} tensors of the LoRA {name} only {2 * layers} are layers of "
+            "the model.",
         )
 
 
@@ -175,7 +214,6 @@ class AdapterMerger:
             touched |= factors.deltas[self._component].keys()
         for path in sorted(self._altered - touched):
             self._weight(path).copy_(self._pristine[path])
-        self._altered |= touched
         for path in sorted(touched):
             self._merge_layer(path, adapters)
         self._altered = touched
@@ -185,6 +223,7 @@ class AdapterMerger:
         weight = self._weight(path)
         if path not in self._pristine:
             self._pristine[path] = weight.detach().clone()
+        self._altered.add(path)  # from here on there is something to put back
         total = self._pristine[path].float().contiguous().clone()
         for factors, strength in adapters:
             delta = factors.deltas[self._component].get(path)

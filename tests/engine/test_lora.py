@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+    StableDiffusionXLPipeline,
+)
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from experimance_controlnet.catalog.specs import Catalog
@@ -46,35 +52,76 @@ def changed(before: Tensors, module: torch.nn.Module) -> set[str]:
     }
 
 
+def expected_delta(raw: Tensors, component: str, path: str) -> torch.Tensor | None:
+    """``alpha / rank * up @ down`` from the file's own keys, in diffusers' or kohya's layout."""
+    diffusers = f"{component}.{path}.lora_"
+    if f"{diffusers}A.weight" in raw:
+        return raw[f"{diffusers}B.weight"].float() @ raw[f"{diffusers}A.weight"].float()
+    prefix = {
+        "unet": "lora_unet_",
+        "text_encoder": "lora_te1_text_model_",
+        "text_encoder_2": "lora_te2_",
+    }[component]
+    kohya = prefix + path.replace(".", "_")
+    if f"{kohya}.alpha" not in raw:
+        return None
+    up, down = (raw[f"{kohya}.lora_{part}.weight"].float().flatten(1) for part in ("up", "down"))
+    return float(raw[f"{kohya}.alpha"]) / len(down) * up @ down
+
+
+def mixed_alphas(tensors: Tensors) -> Tensors:
+    """Another alpha for each layer."""
+    alphas = [key for key in tensors if key.endswith(".alpha")]
+    return tensors | {key: torch.tensor(0.5 + index % 7) for index, key in enumerate(alphas)}
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "edit"),
     [
-        "drone",
-        "experimance",
-        "experimance_wilderness",
-        "experimance_historical",
-        "experimance_future",
+        ("experimance", dict),
+        ("experimance", mixed_alphas),
+        ("experimance_wilderness", dict),
+        ("experimance_historical", dict),
+        ("experimance_future", dict),
     ],
 )
-def test_merged_is_up_times_down(
-    modules: SdxlModules, lora_file: Callable[[str], Path], name: str
+def test_merged_is_the_formula(
+    modules: SdxlModules,
+    lora_file: Callable[[str], Path],
+    tmp_path: Path,
+    name: str,
+    edit: Callable[[Tensors], Tensors],
 ) -> None:
-    """Against the formula, read from the file's own keys where they are in diffusers' layout."""
-    factors = load_lora(name, lora_file(name), modules, CPU)
-    raw = load_file(lora_file(name))
-    module = modules.unet
-    before = weights(module)
-    AdapterMerger("unet", module).apply([(factors, 0.7)])
-    assert changed(before, module) == {f"{path}.weight" for path in factors.deltas["unet"]}
-    for path, delta in factors.deltas["unet"].items():
-        layer = f"unet.{path}.lora_"
-        if f"{layer}A.weight" not in raw:
-            continue
-        update = raw[f"{layer}B.weight"].float() @ raw[f"{layer}A.weight"].float()
-        expected = before[f"{path}.weight"] + 0.7 * delta.scale * update
-        torch.testing.assert_close(module.get_parameter(f"{path}.weight").data, expected)
-    AdapterMerger("unet", module)  # a new one knows nothing; put the weights back by hand
-    module.load_state_dict(before)
+    file = edited(lora_file(name), tmp_path / "lora.safetensors", edit)
+    factors, raw = load_lora(name, file, modules, CPU), load_file(file)
+    for component in COMPONENTS:
+        module: torch.nn.Module = getattr(modules, component)
+        before, merger = weights(module), AdapterMerger(component, module)
+        merger.apply([(factors, 0.7)])
+        touched = {f"{path}.weight" for path in factors.deltas[component]}
+        assert changed(before, module) == touched
+        for path in factors.deltas[component]:
+            update = expected_delta(raw, component, path)
+            assert update is not None, path
+            expected = before[f"{path}.weight"] + 0.7 * update
+            torch.testing.assert_close(module.get_parameter(f"{path}.weight").data, expected)
+        merger.apply([])
+
+
+def test_alpha_in_the_metadata_counts(modules: SdxlModules, tmp_path: Path) -> None:
+    """As diffusers writes it: rank 4, alpha 1."""
+    unet = copy.deepcopy(modules.unet)
+    config = LoraConfig(r=4, lora_alpha=1, target_modules=["to_q"], init_lora_weights=False)
+    unet.add_adapter(config)
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    [file] = tmp_path.iterdir()
+    deltas = load_lora("x", file, modules, CPU).deltas["unet"]
+    assert deltas
+    assert {delta.scale for delta in deltas.values()} == {0.25}
 
 
 def test_any_order_of_switches_is_exact(
@@ -128,18 +175,22 @@ def test_the_same_adapters_again_cost_nothing(
     merger.apply([])
 
 
+@pytest.mark.parametrize("at", [0, 3, -1])
 def test_an_error_half_way_leaves_nothing_behind(
-    modules: SdxlModules, lora_file: Callable[[str], Path]
+    modules: SdxlModules, lora_file: Callable[[str], Path], at: int
 ) -> None:
     good = load_lora("drone", lora_file("drone"), modules, CPU)
-    path = sorted(good.deltas["unet"])[-1]
+    path = sorted(good.deltas["unet"])[at]
     narrow = good.deltas["unet"][path]
     torn = type(narrow)(narrow.down[:, :-1], narrow.up, narrow.scale)
     bad = LoraFactors("bad", {**good.deltas, "unet": {**good.deltas["unet"], path: torn}})
     before = weights(modules.unet)
     merger = AdapterMerger("unet", modules.unet)
-    with pytest.raises(RuntimeError):
-        merger.apply([(bad, 1.0)])
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            merger.apply([(bad, 1.0)])
+    merger.apply([(good, 1.0)])
+    assert changed(before, modules.unet)
     merger.apply([])
     assert not changed(before, modules.unet)
 
@@ -184,8 +235,10 @@ def half_a_pair(tensors: Tensors) -> Tensors:
         half_a_pair,
         lambda tensors: {"weight": torch.zeros(3)},
         lambda tensors: {**tensors, "unet.conv_in.dora_scale": torch.zeros(3)},
+        lambda tensors: {**tensors, "unet.conv_in.diff": torch.zeros(3)},
+        lambda tensors: {**tensors, "unet.conv_in.hada_w1_a": torch.zeros(3)},
     ],
-    ids=["other_width", "unknown_layer", "half_a_pair", "no_lora", "dora"],
+    ids=["other_width", "unknown_layer", "half_a_pair", "no_lora", "dora", "diff", "loha"],
 )
 def test_a_lora_that_does_not_fit_is_refused(
     modules: SdxlModules,
