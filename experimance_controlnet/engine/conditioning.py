@@ -13,7 +13,8 @@ from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsTyp
 from experimance_controlnet.engine.checkpoint import SdxlModules
 from experimance_controlnet.engine.request import DepthImage
 
-_WEIGHTED = re.compile(r"(?<!\\)\(([^()]+):\s*(\d+(?:\.\d+)?)\s*\)")
+# One digit before the point: "(at 12:30)" is a time, and weights of 10 make noise.
+_WEIGHTED = re.compile(r"(?<!\\)\(([^()]+):\s*(\d(?:\.\d+)?)\s*\)")
 _CHUNK_TOKENS = 77
 
 
@@ -55,16 +56,16 @@ def parse_weights(prompt: str) -> list[Fragment]:
 class PromptEncoder:
     """Both text encoders of one model, with a cache of what they said."""
 
-    def __init__(
-        self, modules: SdxlModules, device: torch.device, cache_entries: int = 256
-    ) -> None:
+    def __init__(self, modules: SdxlModules, device: torch.device, cache_chunks: int = 256) -> None:
+        """``cache_chunks``: chunks of 77 tokens to keep; SDXL's take 0.3 MB each in fp16."""
         self._pairs = (
             (modules.tokenizer, modules.text_encoder),
             (modules.tokenizer_2, modules.text_encoder_2),
         )
         self._device = device
         self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
-        self._cache_entries = cache_entries
+        self._cache_chunks = cache_chunks
+        self._cached_chunks = 0
 
     def count_tokens(self, prompt: str) -> tuple[int, int]:
         """Tokens, and chunks of 77 that they need with their start and end marks. No device.
@@ -91,9 +92,11 @@ class PromptEncoder:
         key = (prompt, chunks, weights_key)
         if key not in self._cache:
             self._cache[key] = self._encode(prompt, chunks)
-            if len(self._cache) > self._cache_entries:
-                self._cache.popitem(last=False)
+            self._cached_chunks += chunks
         self._cache.move_to_end(key)
+        while self._cached_chunks > self._cache_chunks and len(self._cache) > 1:
+            oldest = next(iter(self._cache))
+            self._cached_chunks -= self._cache.pop(oldest).embeds.shape[1] // _CHUNK_TOKENS
         return self._cache[key]
 
     def _encode(self, prompt: str, chunks: int) -> PromptEmbedding:

@@ -80,7 +80,7 @@ def predict_noise(
 
 def advance(state: RequestState, noise: torch.Tensor) -> None:
     """Let the request's scheduler remove that noise; ``noise`` is (1, 4, H/8, W/8) fp32."""
-    timestep = state.scheduler.timesteps[state.step]
+    timestep = _timestep(state)
     state.latents = state.scheduler.step(
         noise, timestep, _latents(state), generator=state.generator, return_dict=False
     )[0]
@@ -98,10 +98,10 @@ def _guide(prediction: torch.Tensor, cfg: float) -> torch.Tensor:
 def _gather(unet: UNet2DConditionModel, states: Sequence[RequestState]) -> RowBatch:
     samples, timesteps = [], []
     for state in states:
-        timestep = state.scheduler.timesteps[state.step]
+        timestep = _timestep(state)
         scaled = state.scheduler.scale_model_input(_latents(state), timestep)
         samples.append(scaled.expand(state.request.rows, -1, -1, -1))
-        timesteps += [float(timestep)] * state.request.rows
+        timesteps += [timestep] * state.request.rows
     ready = [_conditioning(state) for state in states]
     return RowBatch(
         sample=torch.cat(samples).to(unet.dtype),
@@ -112,6 +112,12 @@ def _gather(unet: UNet2DConditionModel, states: Sequence[RequestState]) -> RowBa
             "time_ids": torch.cat([part.time_ids for part in ready]),
         },
     )
+
+
+def _timestep(state: RequestState) -> float:
+    # A Python number: arithmetic on an integer tensor takes torch's default dtype, which the
+    # libraries change for the whole process while they load another model.
+    return state.scheduler.timesteps[state.step].item()
 
 
 def _latents(state: RequestState) -> torch.Tensor:
@@ -178,10 +184,13 @@ def _combine(
     if len(parts) == 1 and len(parts[0][0]) == row_count:
         return parts[0][1]
 
+    device = parts[0][1].middle.device
+    indices = [torch.tensor(rows).to(device, non_blocking=True) for rows, _ in parts]
+
     def spread(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         whole = tensors[0].new_zeros(row_count, *tensors[0].shape[1:])
-        for (rows, _), tensor in zip(parts, tensors, strict=True):
-            whole[rows] = tensor
+        for index, tensor in zip(indices, tensors, strict=True):
+            whole[index] = tensor
         return whole
 
     down = zip(*(residuals.down for _, residuals in parts), strict=True)

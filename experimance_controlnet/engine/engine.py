@@ -22,8 +22,9 @@ import structlog
 
 from experimance_controlnet.engine.batcher import Batcher
 from experimance_controlnet.engine.faults import as_worker_error, is_fatal, is_out_of_memory
-from experimance_controlnet.engine.loading import LoadTotal, ModelLoads
+from experimance_controlnet.engine.loading import Loads, LoadTotal
 from experimance_controlnet.engine.request import (
+    Asset,
     GenerationRequest,
     Progress,
     ProgressListener,
@@ -96,8 +97,8 @@ class Engine:
         # The engine's thread only.
         self._batcher = Batcher(max_rows)
         self._tickets: dict[RequestState, Ticket] = {}
-        self._waiting: dict[Ticket, None] = {}  # for a model, in order of acceptance
-        self._loads = ModelLoads(runner, self._inbox.put, self._models_in_use)
+        self._waiting: dict[Ticket, None] = {}  # for a load, in order of acceptance
+        self._loads = Loads(runner, self._inbox.put, self._models_in_use)
         self._stopping = False
 
     # ---- any thread -------------------------------------------------------------------------
@@ -139,7 +140,8 @@ class Engine:
         Raises:
             DrainingError, EngineDeadError
         """
-        return self._promise(lambda done: self._loads.want(model, partial(_settle, done)))
+        asset = Asset("model", model, model)
+        return self._promise(lambda done: self._loads.want(asset, partial(_settle, done)))
 
     def unload(self, model: str) -> Future[None]:
         """Free a model. The future fails with ModelBusyError where requests use it.
@@ -203,16 +205,18 @@ class Engine:
         self._inbox.put(self._stop)
         # before the join: who waits should not wait for a last step that nobody wants
         self._end_all(DrainingError("The server stopped before this image was finished."))
-        self._thread.join(timeout=5.0)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=1.0)
         return drained
 
     def _promise(self, work: Callable[[Future[None]], None]) -> Future[None]:
         """Ask the engine's thread for something; the future is settled even if the engine ends."""
-        self._ledger.check_room()
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()
         self._promises.add(future)
         future.add_done_callback(self._promises.discard)
+        # after it is in the books: an engine that ends from here on settles it
+        self._ledger.check_room()
         self._inbox.put(partial(work, future))
         return future
 
@@ -222,7 +226,7 @@ class Engine:
         try:
             while not self._stopping:
                 self._heartbeat()
-        except Exception as error:  # the top of the thread: nothing may end it unseen
+        except BaseException as error:  # the top of the thread: nothing may end it unseen
             log.critical("engine_died", error=repr(error), exc_info=error)
             self._die(repr(error))
 
@@ -288,8 +292,9 @@ class Engine:
     def _deliver(self, state: RequestState, ticket: Ticket) -> None:
         pixels = self._runner.decode(state)
         state.timer.decoded_s = self._clock()
+        result = state.result(pixels)
         self._forget(ticket)
-        self._ledger.finish(ticket, state.result(pixels))
+        self._ledger.finish(ticket, result)
 
     def _attempt(self, state: RequestState, work: Callable[..., None], *arguments: Any) -> bool:
         """Do the work; an error in it ends this request and no other."""
@@ -310,17 +315,24 @@ class Engine:
 
     def _admit(self, ticket: Ticket) -> None:
         self._waiting[ticket] = None
-        self._loads.want(ticket.request.model, partial(self._model_there, ticket))
+        self._continue_admission(ticket, problem=None)
 
-    def _model_there(self, ticket: Ticket, problem: Exception | None) -> None:
+    def _continue_admission(self, ticket: Ticket, problem: Exception | None) -> None:
+        """Wait for one missing thing after the other, then hand the request to the batcher."""
         if ticket not in self._ledger:  # aborted or expired meanwhile
             return
         if problem is not None:
             self._fail(ticket, problem)
             return
         try:
+            missing = self._runner.missing(ticket.request)
+            if missing is not None:
+                self._loads.want(missing, partial(self._continue_admission, ticket))
+                return
             state = self._runner.admit(ticket.request, ticket.accepted_s)
-        except Exception as error:  # noqa: BLE001 - _fail logs it; it ends this request alone
+        except Exception as error:
+            if is_fatal(error):
+                raise
             self._fail(ticket, error)
             return
         del self._waiting[ticket]
@@ -328,7 +340,7 @@ class Engine:
         self._batcher.add(state)
 
     def _unload(self, model: str, done: Future[None]) -> None:
-        if model in self._models_in_use():
+        if model in self._models_in_use() or model in self._loads.models:
             _settle(done, ModelBusyError(f"Requests use the model {model}; try again later."))
             return
         if model in self._runner.loaded_models:
@@ -357,10 +369,12 @@ class Engine:
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         failure = as_worker_error(error)
-        if failure is not error:
+        if failure is not error or error.__cause__ is not None:
             request_id = ticket.request.request_id
             log.error("request_failed", request_id=request_id, error=repr(error), exc_info=error)
             self._last_error = repr(error)
+        # The frames of a traceback hold the request's tensors, and the future would hold them.
+        failure.__cause__ = failure.__context__ = failure.__traceback__ = None
         self._forget(ticket)
         self._ledger.fail(ticket, failure)
 
@@ -374,6 +388,8 @@ class Engine:
         self._stopping = True
 
     def _die(self, reason: str) -> None:
+        if not self._alive:  # given up from outside, and then the thread ended by itself
+            return
         dead = EngineDeadError("The engine has failed; the server is about to restart.")
         self._alive = False
         self._last_error = reason

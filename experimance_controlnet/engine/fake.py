@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from experimance_controlnet.engine.request import (
+    Asset,
     BatchKey,
     Conditioning,
     GenerationRequest,
@@ -28,8 +29,9 @@ from experimance_controlnet.engine.schedulers import make_scheduler
 class FakeRunner:
     """Takes ``step_s`` seconds a step and ``load_s`` a model.
 
-    ``fault(operation, requests)`` is called before each of ``load`` (no requests), ``admit``,
-    ``prepare``, ``predict``, ``advance`` and ``decode``: raise in it to make that fail.
+    ``fault(operation, requests)`` is called before each of ``make_room`` and ``load`` (without
+    requests), ``admit``, ``prepare``, ``predict``, ``advance`` and ``decode``: raise in it to make
+    that fail.
     """
 
     device_name = "fake"
@@ -55,16 +57,23 @@ class FakeRunner:
     def gpu_memory(self) -> GpuMemory | None:
         return None
 
-    def make_room(self, model: str, in_use: Collection[str]) -> None:
-        pass
+    def missing(self, request: GenerationRequest) -> Asset | None:
+        asset = Asset("model", request.model, request.model)
+        return None if self.has(asset) else asset
 
-    def load(self, model: str) -> Any:
+    def has(self, asset: Asset) -> bool:
+        return asset.name in self._models
+
+    def make_room(self, asset: Asset, in_use: Collection[str]) -> None:
+        self._fault("make_room", [])
+
+    def load(self, asset: Asset) -> Any:
         self._fault("load", [])
         time.sleep(self._load_s)
-        return model
+        return asset.name
 
-    def install(self, model: str, loaded: Any) -> None:
-        self._models.append(model)
+    def install(self, asset: Asset, loaded: Any) -> None:
+        self._models.append(asset.name)
 
     def unload(self, model: str) -> None:
         self._models.remove(model)

@@ -6,27 +6,27 @@ import torch
 
 from experimance_controlnet.errors import DeviceMemoryError, GenerationError, WorkerError
 
-_FATAL_MESSAGES = (
-    "illegal memory access",
-    "device-side assert",
-    "unspecified launch failure",
-    "misaligned address",
-    "hardware stack error",
-    "ecc error",
+_OUT_OF_MEMORY_MESSAGES = (
+    "out of memory",  # CUDA's own, outside torch's allocator
+    "can't allocate memory",  # torch's CPU allocator
+    "alloc_failed",  # cuBLAS and cuDNN
 )
+_FATAL_MESSAGES = ("cuda error", "cublas_status", "cudnn_status")
+"""After any of these but out of memory the context may be lost; a new process is certain."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """The device or the host has no room for a tensor; smaller work may still succeed."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _says(error, _OUT_OF_MEMORY_MESSAGES)
 
 
 def is_fatal(error: BaseException) -> bool:
     """The CUDA context is lost: nothing in this process can use the device again."""
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
-    text = str(error).lower()
-    return any(message in text for message in _FATAL_MESSAGES)
+    return isinstance(error, torch.AcceleratorError) or _says(error, _FATAL_MESSAGES)
 
 
 def as_worker_error(error: Exception) -> WorkerError:
@@ -38,3 +38,8 @@ def as_worker_error(error: Exception) -> WorkerError:
             "The device has too little memory for this request; ask for a smaller image."
         )
     return GenerationError("The model failed on this request; the server's log has the cause.")
+
+
+def _says(error: BaseException, messages: tuple[str, ...]) -> bool:
+    text = str(error).lower()
+    return any(message in text for message in messages)

@@ -1,7 +1,7 @@
-"""Models on their way into memory, and who waits for them.
+"""Models, ControlNets and LoRAs on their way into memory, and who waits for them.
 
 All methods run on the engine's thread; only the reading itself happens on a thread of its own, one
-model at a time, so that requests for models in memory go on meanwhile.
+asset at a time, so that requests for what is in memory go on meanwhile.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from typing import Any
 
 import structlog
 
+from experimance_controlnet.engine.faults import is_fatal
+from experimance_controlnet.engine.request import Asset
 from experimance_controlnet.engine.runner import Runner
 
 log = structlog.get_logger()
 
 Waiter = Callable[[Exception | None], None]
-"""Told on the engine's thread that the model is there (None), or why it is not."""
+"""Told on the engine's thread that the asset is there (None), or why it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class LoadTotal:
     seconds: float = 0.0
 
 
-class ModelLoads:
+class Loads:
     """The loads under way."""
 
     def __init__(
@@ -47,54 +49,69 @@ class ModelLoads:
         self._runner = runner
         self._post = post
         self._models_in_use = models_in_use
-        self._waiters: dict[str, list[Waiter]] = {}  # in order of the first wish
-        self._reading: str | None = None
+        self._waiters: dict[Asset, list[Waiter]] = {}  # in order of the first wish
+        self._reading: Asset | None = None
         self.totals: dict[str, LoadTotal] = {}
         """By model, for statistics. Copy it on another thread, do not iterate."""
 
     @property
     def models(self) -> tuple[str, ...]:
         """Models that are wanted and not in memory yet. Safe on any thread."""
-        return tuple(self._waiters)
+        return tuple(asset.name for asset in tuple(self._waiters) if asset.kind == "model")
 
-    def want(self, model: str, waiter: Waiter) -> None:
-        """Tell ``waiter`` as soon as the model is in memory, which may be at once."""
-        if model in self._runner.loaded_models:
+    def want(self, asset: Asset, waiter: Waiter) -> None:
+        """Tell ``waiter`` as soon as the asset is in memory, which may be at once."""
+        if self._runner.has(asset):
             waiter(None)
             return
-        self._waiters.setdefault(model, []).append(waiter)
+        self._waiters.setdefault(asset, []).append(waiter)
         self._read_next()
 
     def _read_next(self) -> None:
         if self._reading is not None or not self._waiters:
             return
-        self._reading = model = next(iter(self._waiters))
-        self._runner.make_room(model, in_use=self._models_in_use() - {model})
+        self._reading = asset = next(iter(self._waiters))
+        try:
+            self._runner.make_room(asset, in_use=self._models_in_use() - {asset.name})
+        except Exception as error:  # it ends those who wait for this, and nobody else
+            if is_fatal(error):
+                raise
+            failed: Future[Any] = Future()
+            failed.set_exception(error)
+            self._post(partial(self._done, asset, failed))
+            return
         # A daemon: a process that is told to stop must not wait for a disk.
-        threading.Thread(target=self._read, args=(model,), name="model-loader", daemon=True).start()
+        threading.Thread(target=self._read, args=(asset,), name="loader", daemon=True).start()
 
-    def _read(self, model: str) -> None:
+    def _read(self, asset: Asset) -> None:
         loaded: Future[Any] = Future()
         started_s = time.monotonic()
         try:
-            loaded.set_result(self._runner.load(model))
-        except Exception as error:  # noqa: BLE001 - top of this thread; the engine's judges it
+            loaded.set_result(self._runner.load(asset))
+        except BaseException as error:  # noqa: BLE001 - top of this thread; the engine's judges it
             loaded.set_exception(error)
         else:
-            load_s = time.monotonic() - started_s
-            total = self.totals.get(model, LoadTotal())
-            self.totals[model] = LoadTotal(total.count + 1, total.seconds + load_s)
-            log.info("model_loaded", model=model, load_s=round(load_s, 3))
-        self._post(partial(self._done, model, loaded))
+            self._count(asset, time.monotonic() - started_s)
+        self._post(partial(self._done, asset, loaded))
 
-    def _done(self, model: str, loaded: Future[Any]) -> None:
-        waiters = self._waiters.pop(model)
+    def _count(self, asset: Asset, load_s: float) -> None:
+        if asset.kind == "model":
+            total = self.totals.get(asset.name, LoadTotal())
+            self.totals[asset.name] = LoadTotal(total.count + 1, total.seconds + load_s)
+        fields = {asset.kind: asset.name, "load_s": round(load_s, 3)}
+        log.info(f"{asset.kind}_loaded", **fields)
+
+    def _done(self, asset: Asset, loaded: Future[Any]) -> None:
+        waiters = self._waiters.pop(asset)
         self._reading = None
         error = loaded.exception()
         if error is None:
-            self._runner.install(model, loaded.result())
+            self._runner.install(asset, loaded.result())
         else:
-            log.error("model_load_failed", model=model, error=repr(error), exc_info=error)
+            fields = {asset.kind: asset.name, "error": repr(error)}
+            log.error(f"{asset.kind}_load_failed", **fields, exc_info=error)
+            if not isinstance(error, Exception) or is_fatal(error):
+                raise error
         for waiter in waiters:
-            waiter(error if isinstance(error, Exception) else None)
+            waiter(error)
         self._read_next()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,16 @@ class GenerationRequest:
     def rows(self) -> int:
         """UNet evaluations a step: guidance needs an unconditional one beside the conditional."""
         return 2 if self.cfg > 1 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """Something that has to be in memory before a request can begin."""
+
+    kind: Literal["model", "controlnet", "lora"]
+    name: str
+    model: str
+    """The model that it is for: a LoRA is read against its modules."""
 
 
 @dataclass(frozen=True, slots=True)

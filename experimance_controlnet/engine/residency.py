@@ -38,6 +38,10 @@ class ResidentModels(Generic[ModelT]):
     def names(self) -> tuple[str, ...]:
         return tuple(self._models)
 
+    def peek(self, name: str) -> ModelT:
+        """The model; it does not count as a use. Safe on any thread."""
+        return self._models[name]
+
     def use(self, name: str) -> ModelT:
         """The model, which thereby becomes the most recently used."""
         self._models.move_to_end(name)
@@ -55,6 +59,8 @@ class ResidentModels(Generic[ModelT]):
         """Drop idle models until the bytes are free, or none is left to drop: then loading may
         still succeed, since what is needed is an estimate.
         """
+        if self._free_bytes() < needed_bytes:
+            self._release()  # what allocators keep for later counts as used
         for name in tuple(self._models):
             if self._free_bytes() >= needed_bytes:
                 return

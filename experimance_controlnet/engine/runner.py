@@ -10,7 +10,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from experimance_controlnet.engine.request import GenerationRequest, PixelImage, RequestState
+from experimance_controlnet.engine.request import (
+    Asset,
+    GenerationRequest,
+    PixelImage,
+    RequestState,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +41,38 @@ class Runner(Protocol):
     def gpu_memory(self) -> GpuMemory | None:
         """None without a GPU. Safe on any thread."""
 
-    def make_room(self, model: str, in_use: Collection[str]) -> None:
-        """Drop models that are not in use, least recently used first, until ``model`` fits."""
+    def missing(self, request: GenerationRequest) -> Asset | None:
+        """The next thing to load before the request can begin, its model first; None: nothing."""
 
-    def load(self, model: str) -> Any:
-        """Read a model. Slow; runs on the loader's thread while the engine goes on.
+    def has(self, asset: Asset) -> bool:
+        """Whether it is in memory."""
+
+    def make_room(self, asset: Asset, in_use: Collection[str]) -> None:
+        """Drop models that are not in use, least recently used first, until the asset fits.
+
+        Raises:
+            ModelFileError: its files are missing.
+        """
+
+    def load(self, asset: Asset) -> Any:
+        """Read it. Slow; runs on the loader's thread while the engine goes on.
+
+        The libraries swap process-wide settings while they build modules (the default dtype, how
+        parameters are registered), so nothing but this method may load, and never two at a time.
 
         Raises:
             ModelFileError: its files are missing, damaged or not to be trusted.
+            BadAdapterError: a LoRA that does not fit the model.
         """
 
-    def install(self, model: str, loaded: Any) -> None:
-        """Take over what :meth:`load` returned; from now on the model is loaded."""
+    def install(self, asset: Asset, loaded: Any) -> None:
+        """Take over what :meth:`load` returned; from now on the asset is in memory."""
 
     def unload(self, model: str) -> None:
         """Free a model that no request uses."""
 
     def admit(self, request: GenerationRequest, accepted_s: float) -> RequestState:
-        """Everything about a request that is cheap and needs no device. Its model is loaded.
+        """Everything about a request that is cheap and needs no device. Nothing is missing.
 
         Raises:
             InvalidRequestError: the request does not suit the model.

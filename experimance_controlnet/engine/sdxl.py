@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from experimance_controlnet.engine.lora import (
 )
 from experimance_controlnet.engine.request import (
     Adapter,
+    Asset,
     BatchKey,
     Conditioning,
     GenerationRequest,
@@ -48,7 +50,7 @@ class LoadedModel:
     prompts: PromptEncoder
     mergers: dict[str, AdapterMerger]
     adapters: dict[str, LoraFactors] = field(default_factory=dict)
-    """Parsed for this architecture, by name."""
+    """Read against these modules, by name."""
 
 
 def choose_device(wish: str) -> torch.device:
@@ -103,16 +105,42 @@ class SdxlRunner:
 
     # ---- models -----------------------------------------------------------------------------
 
-    def make_room(self, model: str, in_use: Collection[str]) -> None:
-        path = self._file(self._catalog.models[model].source)
+    def missing(self, request: GenerationRequest) -> Asset | None:
+        wanted = [Asset("model", request.model, request.model)]
+        if request.control is not None:
+            wanted.append(Asset("controlnet", request.control.controlnet, request.model))
+        wanted += [Asset("lora", adapter.name, request.model) for adapter in request.adapters]
+        return next((asset for asset in wanted if not self.has(asset)), None)
+
+    def has(self, asset: Asset) -> bool:
+        match asset.kind:
+            case "model":
+                return asset.name in self._models.names
+            case "controlnet":
+                return asset.name in self._controlnets
+            case "lora":
+                return asset.name in self._models.peek(asset.model).adapters
+
+    def make_room(self, asset: Asset, in_use: Collection[str]) -> None:
+        path = self._file(self._source(asset))
         files = [path] if path.is_file() else path.rglob("*.safetensors")
         weights_bytes = sum(file.stat().st_size for file in files)
         self._models.make_room(weights_bytes + ACTIVATION_BYTES, in_use)
 
-    def load(self, model: str) -> LoadedModel:
-        spec = self._catalog.models[model]
+    def load(self, asset: Asset) -> Any:
+        path = self._file(self._source(asset))
+        match asset.kind:
+            case "model":
+                return self._load_model(self._catalog.models[asset.name], path)
+            case "controlnet":
+                return load_controlnet(path, self._device, self._dtype)
+            case "lora":
+                modules = self._models.peek(asset.model).modules
+                return load_lora(asset.name, path, modules, self._device)
+
+    def _load_model(self, spec: ModelSpec, path: Path) -> LoadedModel:
         base = self._file(spec.base_source) if spec.base_source else None
-        modules = load_checkpoint(self._file(spec.source), base, self._device, self._dtype)
+        modules = load_checkpoint(path, base, self._device, self._dtype)
         return LoadedModel(
             spec=spec,
             modules=modules,
@@ -120,29 +148,33 @@ class SdxlRunner:
             mergers={name: AdapterMerger(name, getattr(modules, name)) for name in COMPONENTS},
         )
 
-    def install(self, model: str, loaded: LoadedModel) -> None:
-        self._models.add(model, loaded)
+    def install(self, asset: Asset, loaded: Any) -> None:
+        match asset.kind:
+            case "model":
+                self._models.add(asset.name, loaded)
+            case "controlnet":
+                self._controlnets[asset.name] = loaded
+            case "lora":
+                self._models.peek(asset.model).adapters[asset.name] = loaded
 
     def unload(self, model: str) -> None:
         self._models.drop(model)
 
-    def _file(self, source: Source) -> Any:
+    def _source(self, asset: Asset) -> Source:
+        match asset.kind:
+            case "model":
+                return self._catalog.models[asset.name].source
+            case "controlnet":
+                return self._catalog.controlnets[asset.name].source
+            case "lora":
+                return self._catalog.loras[asset.name].source
+
+    def _file(self, source: Source) -> Path:
         path = self._store.path(source)
         if path is None:
-            raise ModelFileError(f"The files of {source.uri} are not on this disk.")
+            name = source.uri.rpartition("/")[2]
+            raise ModelFileError(f"The files of {name} are not on this server's disk.")
         return path
-
-    def _controlnet(self, name: str) -> ControlNetModel:
-        if name not in self._controlnets:
-            folder = self._file(self._catalog.controlnets[name].source)
-            self._controlnets[name] = load_controlnet(folder, self._device, self._dtype)
-        return self._controlnets[name]
-
-    def _factors(self, model: LoadedModel, name: str) -> LoraFactors:
-        if name not in model.adapters:
-            path = self._file(self._catalog.loras[name].source)
-            model.adapters[name] = load_lora(name, path, model.modules, self._device)
-        return model.adapters[name]
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -174,11 +206,10 @@ class SdxlRunner:
         noise = torch.randn(
             (1, model.modules.unet.config["in_channels"], request.height // 8, request.width // 8),
             generator=state.generator,
+            dtype=torch.float32,
         )
         state.latents = (noise * state.scheduler.init_noise_sigma).to(self._device)
         state.conditioning = self._condition(model, state)
-        if request.control is not None:
-            self._controlnet(request.control.controlnet)
 
     def _condition(self, model: LoadedModel, state: RequestState) -> Conditioning:
         request, chunks = state.request, state.key.token_chunks
@@ -216,7 +247,7 @@ class SdxlRunner:
         self, model: LoadedModel, adapters: Sequence[Adapter], components: Sequence[str]
     ) -> list[tuple[LoraFactors, float]]:
         """Make these adapters the ones merged into these components."""
-        factors = [(self._factors(model, adapter.name), adapter.weight) for adapter in adapters]
+        factors = [(model.adapters[adapter.name], adapter.weight) for adapter in adapters]
         for component in components:
             model.mergers[component].apply(factors)
         return factors

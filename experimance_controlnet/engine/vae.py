@@ -44,7 +44,7 @@ def _unscale(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     if config["latents_mean"] is None or config["latents_std"] is None:
         return latents
     mean, std = (
-        torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
+        torch.tensor(values, dtype=torch.float32, device=latents.device).view(1, -1, 1, 1)
         for values in (config["latents_mean"], config["latents_std"])
     )
     return latents * std + mean

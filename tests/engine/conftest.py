@@ -14,6 +14,7 @@ from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.engine.request import (
     Adapter,
+    Asset,
     Control,
     GenerationRequest,
     PixelImage,
@@ -47,8 +48,16 @@ def runner(catalog: Catalog, store: ModelStore) -> SdxlRunner:
 
 
 def loaded(runner: SdxlRunner, model: str) -> SdxlRunner:
-    runner.install(model, runner.load(model))
+    asset = Asset("model", model, model)
+    runner.install(asset, runner.load(asset))
     return runner
+
+
+def admitted(runner: SdxlRunner, request: GenerationRequest) -> RequestState:
+    """Load what is missing, as the engine would, and take the request in."""
+    while (asset := runner.missing(request)) is not None:
+        runner.install(asset, runner.load(asset))
+    return runner.admit(request, accepted_s=0.0)
 
 
 def hills(seed: int = 0) -> Any:
@@ -85,7 +94,7 @@ def make_request(**changes: Any) -> GenerationRequest:
 
 def draw(runner: SdxlRunner, *requests: GenerationRequest) -> list[PixelImage]:
     """Make the images, those of requests that may share a batch in one."""
-    states = [runner.admit(request, accepted_s=0.0) for request in requests]
+    states = [admitted(runner, request) for request in requests]
     for state in states:
         runner.prepare(state)
     while running := [state for state in states if not state.finished]:

@@ -21,6 +21,8 @@ from experimance_controlnet.errors import (
     EngineDeadError,
     GenerationError,
     ModelBusyError,
+    ModelFileError,
+    NanOutputError,
     QueueFullError,
     RequestAbortedError,
 )
@@ -232,6 +234,53 @@ def test_a_model_that_cannot_be_loaded(start: StartEngine) -> None:
     engine = start(FakeRunner(load_s=0.1, fault=fault))
     assert outcomes(engine.submit([request("a"), request("b")])) == [BadWeightsError] * 2
     assert outcomes(engine.submit([request("again")])) == [None]
+
+
+def test_a_model_there_is_no_room_for(start: StartEngine) -> None:
+    """Whoever waits for it fails; a request under way goes on."""
+    left = [0, 1]  # the first model finds room
+
+    def fault(operation: str, requests: list[GenerationRequest]) -> None:
+        if operation == "make_room" and left.pop():
+            raise ModelFileError("gone")
+
+    engine = start(FakeRunner(step_s=0.05, fault=fault))
+    left.reverse()
+    running = engine.submit([request(steps=10)])
+    refused = engine.submit([request(model="base")])
+    assert outcomes(running + refused) == [None, ModelFileError]
+    assert engine.health().alive
+
+
+class Panic(BaseException):
+    """What a native library raises when it gives up."""
+
+
+@pytest.mark.parametrize("operation", ["load", "predict"])
+def test_a_panic_ends_the_engine_at_once(start: StartEngine, operation: str) -> None:
+    def fault(at: str, requests: list[GenerationRequest]) -> None:
+        if at == operation:
+            raise Panic
+
+    engine = start(FakeRunner(fault=fault))
+    assert outcomes(engine.submit([request()])) == [EngineDeadError]
+    assert not engine.health().alive
+
+
+def test_a_failure_holds_no_frames(start: StartEngine) -> None:
+    """They would keep the tensors of the failed request alive for as long as the error."""
+    engine = start(FakeRunner(fault=fail_on("decode", "bad", NanOutputError("black"))))
+    [ticket] = engine.submit([request("bad")])
+    error = ticket.future.exception(WAIT_S)
+    assert isinstance(error, NanOutputError)
+    assert error.__traceback__ is None
+
+
+def test_unload_while_it_loads(start: StartEngine) -> None:
+    engine = start(FakeRunner(load_s=0.3))
+    loading = engine.load("lightning")
+    assert isinstance(engine.unload("lightning").exception(WAIT_S), ModelBusyError)
+    loading.result(WAIT_S)
 
 
 def test_load_and_unload(start: StartEngine) -> None:

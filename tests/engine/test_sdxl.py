@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from experimance_controlnet.catalog.specs import Catalog
+from experimance_controlnet.catalog.store import ModelStore
+from experimance_controlnet.engine.engine import Engine
 from experimance_controlnet.engine.request import Adapter
 from experimance_controlnet.engine.schedulers import SCHEDULER_NAMES
 from experimance_controlnet.engine.sdxl import SdxlRunner
@@ -15,9 +19,11 @@ from tests.engine.conftest import (
     DEPTH,
     DRONE,
     TWO_ADAPTERS,
+    admitted,
     draw,
     draw_one,
     hills,
+    loaded,
     make_request,
     step,
 )
@@ -103,7 +109,7 @@ def test_batched_equals_alone(runner: SdxlRunner) -> None:
 def test_joining_at_a_later_step_changes_nothing(runner: SdxlRunner) -> None:
     first, second = (make_request(seed=seed, scheduler="dpm_sde") for seed in (1, 2))
     expected = [draw(runner, request)[0] for request in (first, second)]
-    early, late = (runner.admit(request, 0.0) for request in (first, second))
+    early, late = (admitted(runner, request) for request in (first, second))
     runner.prepare(early)
     step(runner, [early])
     runner.prepare(late)
@@ -128,7 +134,7 @@ def test_adapter_switches_leave_nothing_behind(runner: SdxlRunner) -> None:
 
 def test_models_stay_apart(runner: SdxlRunner) -> None:
     before = draw_one(runner, adapters=DRONE)
-    runner.install("base", runner.load("base"))
+    loaded(runner, "base")
     base = draw_one(runner, model="base")
     assert all_equal([before, draw_one(runner, adapters=DRONE)])
     assert mean_difference(before, base) > 0.5
@@ -164,8 +170,40 @@ def test_any_prompt_makes_a_picture(runner: SdxlRunner, prompt: str) -> None:
     assert image.std() > 1
 
 
+@pytest.mark.parametrize("scheduler", SCHEDULER_NAMES)
+def test_a_load_elsewhere_changes_no_picture(runner: SdxlRunner, scheduler: str) -> None:
+    """While the libraries load a model, they set the process's default dtype."""
+    changes = {"scheduler": scheduler, "control": DEPTH, "adapters": DRONE}
+    expected = draw_one(runner, **changes)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert all_equal([draw_one(runner, **changes), expected])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_loads_beside_running_requests(catalog: Catalog, store: ModelStore) -> None:
+    """Models, ControlNet and LoRAs are read while pictures are made; all of it stays sound."""
+    engine = Engine(SdxlRunner(catalog, store, "cpu"), queue_capacity=64, max_rows=8)
+    engine.start()
+    sets = [(), DRONE, TWO_ADAPTERS, (Adapter("experimance_future", 1.0),)]
+    requests = [
+        make_request(model=model, adapters=adapters, control=control, steps=2)
+        for model in ("lightning", "hyper", "base")
+        for adapters in sets
+        for control in (None, DEPTH)
+    ]
+    tickets = engine.submit(requests)
+    images = [ticket.future.result(120).pixels for ticket in tickets]
+    assert engine.stop(timeout_s=10)
+    fresh = SdxlRunner(catalog, store, "cpu")
+    for request, image in zip(requests, images, strict=True):
+        [expected] = draw(fresh, request)
+        assert max_difference(image, expected) <= 2
+
+
 def test_token_counts(runner: SdxlRunner) -> None:
-    state = runner.admit(make_request(prompt=LONG_PROMPT, negative_prompt="fog"), 0.0)
+    state = admitted(runner, make_request(prompt=LONG_PROMPT, negative_prompt="fog"))
     runner.prepare(state)
     assert state.conditioning is not None
     assert state.conditioning.prompt_tokens > 77 * (state.key.token_chunks - 1) - 77
