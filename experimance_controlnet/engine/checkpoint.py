@@ -72,9 +72,6 @@ def load_checkpoint(
         vae_dtype = _vae_dtype(parts["vae"], dtype)
         if vae_dtype != dtype:
             parts["vae"].to(dtype=vae_dtype)
-        # channels_last is the layout in which the device's convolutions are fastest
-        for name in ("unet", "vae"):
-            parts[name].to(memory_format=torch.channels_last)
     return SdxlModules(**parts)
 
 
@@ -85,10 +82,9 @@ def load_controlnet(folder: Path, device: torch.device, dtype: torch.dtype) -> C
         BadWeightsError: as :func:`load_checkpoint`.
     """
     with _as_bad_weights(folder):
-        controlnet: Any = _read_component(ControlNetModel, folder, dtype)
+        controlnet: ControlNetModel = _read_component(ControlNetModel, folder, dtype)
         _finish("controlnet", controlnet, device)
-        controlnet.to(memory_format=torch.channels_last)
-    return controlnet  # type: ignore[no-any-return]
+    return controlnet
 
 
 @contextmanager
@@ -156,7 +152,17 @@ def _finish(name: str, module: torch.nn.Module, device: torch.device) -> None:
     for key, tensor in module.named_parameters():
         if tensor.is_meta:
             raise BadWeightsError(f"The file has no weights for {name}.{key}.")
-    module.to(device).eval().requires_grad_(False)
+    module.to(device).to(memory_format=_layout(device))  # type: ignore[call-overload]
+    module.eval().requires_grad_(False)
+
+
+def _layout(device: torch.device) -> torch.memory_format:
+    """Convolutions are faster in channels_last, and on the CPU everything is.
+
+    On CUDA torch's GroupNorm copies in that layout, which costs more than the convolutions gain:
+    on an H200 the VAE takes 144 ms against 99.
+    """
+    return torch.contiguous_format if device.type == "cuda" else torch.channels_last
 
 
 def _vae_dtype(vae: AutoencoderKL, dtype: torch.dtype) -> torch.dtype:
