@@ -12,6 +12,7 @@ from pathlib import Path
 if not __package__ and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(sys.path[0]).resolve().parent)
 
+import errno
 import json
 import logging
 import os
@@ -57,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         settings = load_settings(sys.argv[1:] if argv is None else argv)
         catalog = load_catalog(settings.model_catalog)
         _check_preload(settings, catalog)
-    except (SettingsError, CatalogError) as error:
+    except SettingsError as error:
         _refuse(error.message, BAD_SETTINGS)
+    except CatalogError as error:
+        _refuse(f"MODEL_CATALOG (--model-catalog): {error.message}", BAD_SETTINGS)
     configure_logging(settings.log_level, settings.model_log)
     for fallback in settings.fallbacks:
         log.warning(
@@ -70,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         listener = open_socket(settings.model_server_host, settings.model_server_port)
     except SettingsError as error:
-        _refuse(error.message, FAILURE)
+        cause = error.__cause__
+        in_use = isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE
+        _refuse(error.message, FAILURE if in_use else BAD_SETTINGS)  # in use: that may pass
     for number in (signal.SIGINT, signal.SIGTERM):  # until the server has its own handlers
         signal.signal(number, _stop_before_start)
     status = _serve(settings, catalog, listener)

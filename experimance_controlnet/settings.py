@@ -19,10 +19,17 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 from experimance_controlnet.errors import SettingsError
+from experimance_controlnet.logs import errors_log
 
 
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
+
+
+def _not_empty(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("must not be empty")  # a Path would read it as the current folder
+    return value
 
 
 LogLevel = Annotated[
@@ -91,6 +98,8 @@ class Settings(BaseSettings):
 
     _fallbacks: tuple[Fallback, ...] = PrivateAttr(default=())
 
+    _paths = field_validator("models_dir", "model_log", mode="before")(_not_empty)
+
     @field_validator("model_server_url")
     @classmethod
     def _is_http_url(cls, url: str) -> str:
@@ -150,12 +159,12 @@ def load_settings(argv: Sequence[str], per_user: Path | None = None) -> Settings
 
 
 def settle_folders(settings: Settings, per_user: Path) -> Settings:
-    """Make the folders of MODELS_DIR and MODEL_LOG, or fall back to ``per_user``.
+    """Make MODELS_DIR, and MODEL_LOG with its folder, or fall back to ``per_user``.
 
-    Only a default may be replaced: a folder that the operator named is used or refused.
+    Only a default may be replaced: a path that the operator named is used or refused.
 
     Raises:
-        SettingsError: a named folder, or the one to fall back to, cannot be written.
+        SettingsError: a named path, or the one to fall back to, cannot be written.
     """
     substitutes = {
         "models_dir": per_user / "models",
@@ -165,11 +174,11 @@ def settle_folders(settings: Settings, per_user: Path) -> Settings:
     fallbacks: list[Fallback] = []
     for field, substitute in substitutes.items():
         wanted: Path = getattr(settings, field)
-        problem = _unusable(_folder(field, wanted))
+        problem = _unusable(field, wanted)
         if problem is not None and field not in settings.model_fields_set:
             fallbacks.append(Fallback(field.upper(), wanted, substitute))
             changes[field] = substitute
-            problem = _unusable(_folder(field, substitute))
+            problem = _unusable(field, substitute)
         if problem is not None:
             raise SettingsError(f"{_both_names(field)}: {problem}")
     settled = settings.model_copy(update=changes)
@@ -177,18 +186,20 @@ def settle_folders(settings: Settings, per_user: Path) -> Settings:
     return settled
 
 
-def _folder(field: str, path: Path) -> Path:
-    return path.parent if field == "model_log" else path
-
-
-def _unusable(folder: Path) -> str | None:
+def _unusable(field: str, path: Path) -> str | None:
     """Why nothing can be written there; None where it can."""
+    is_log = field == "model_log"
+    folder = path.parent if is_log else path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return None
+            pass
+        if is_log:
+            path.open("a").close()
+            errors_log(path).open("a").close()
     except OSError as error:
-        return f"{folder} cannot be written: {error.strerror}"
+        return f"{path} cannot be written: {error.strerror}"
+    return None
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from experimance_controlnet.errors import SettingsError
@@ -14,7 +15,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     """Listen; who connects before the application is ready waits.
 
     Raises:
-        SettingsError: the address cannot be listened on.
+        SettingsError: the address cannot be listened on; the cause is the OSError.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -22,7 +23,11 @@ def open_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         # create_server adds the address in words of its own
         reason = (error.strerror or str(error)).partition(" (while")[0]
-        raise SettingsError(f"Cannot listen on {host} port {port}: {reason}") from error
+        at_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        names = "PORT (--model-server-port)" if at_port else "HOST (--model-server-host)"
+        raise SettingsError(
+            f"MODEL_SERVER_{names}: cannot listen on {host} port {port}: {reason}"
+        ) from error
 
 
 def url_of(listener: socket.socket) -> str:

@@ -121,7 +121,33 @@ def test_a_port_in_use(launch: Launch) -> None:
         server = launch(f"--model-server-port={port}")
         assert server.ended() == 1
     assert server.console.read_text() == (
-        f"model_server: Cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+        "model_server: MODEL_SERVER_PORT (--model-server-port): "
+        f"cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+    )
+
+
+def test_faults_are_in_the_errors_file_and_no_path_in_the_answer(
+    launch: Launch, tmp_path: Path
+) -> None:
+    catalogue = tmp_path / "own.toml"
+    catalogue.write_text(
+        '[models.own]\nsource = {uri = "gone.safetensors"}\n'
+        'steps = 2\ncfg = 1.0\nscheduler = "euler"\n'
+    )
+    server = launch("--preload-model=none", MODEL_CATALOG=str(catalogue))
+    server.until(lambda: server.status() == "ready")
+    answer = httpx.post(
+        f"{server.url}/generate", json={"prompt": "p", "model": "own"}, timeout=READY_S
+    )
+    assert (answer.status_code, answer.json()["code"]) == (500, "model_file_error")
+    assert "gone.safetensors does not exist" in answer.json()["detail"]
+    assert str(tmp_path) not in answer.text
+    lines = (tmp_path / "server.errors.log").read_text().splitlines()
+    [event] = [one for one in map(json.loads, lines) if one["event"] == "problem_answered"]
+    assert (event["request_id"], event["code"], event["reason"]) == (
+        answer.json()["request_id"],
+        answer.json()["code"],
+        answer.json()["detail"],
     )
 
 

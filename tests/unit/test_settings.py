@@ -95,6 +95,11 @@ def test_a_flag_wins_over_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         ("log_level", "loud"),
         ("model_device", "tpu"),
         ("model_catalog", ""),
+        ("models_dir", ""),
+        ("model_log", ""),
+        ("model_log", " "),
+        ("model_log", "/"),
+        ("model_log", str(Path(__file__).parent)),
         ("queue_capacity", "0"),
         ("max_batch_rows", "0"),
         ("request_timeout_s", "0"),
@@ -237,7 +242,18 @@ PACKAGE = Path(sys.modules[Settings.__module__].__file__ or "").parent
         (["--help"], 0, None),
         (["--model-server-port", "x"], 2, "MODEL_SERVER_PORT (--model-server-port): 'x': "),
         (["--what"], 2, "unrecognized arguments: --what"),
-        (["--model-catalog", "/no/such.toml"], 2, "/no/such.toml: "),
+        (
+            ["--model-catalog", "/no/such.toml"],
+            2,
+            "MODEL_CATALOG (--model-catalog): /no/such.toml: ",
+        ),
+        (["--model-log", "/"], 2, "MODEL_LOG (--model-log): / cannot be written: Is a directory"),
+        (["--models-dir="], 2, "MODELS_DIR (--models-dir): "),
+        (
+            ["--model-catalog=embedded", "--model-server-host=a..b"],
+            2,
+            "MODEL_SERVER_HOST (--model-server-host): ",
+        ),
         (["--preload-model", "turbo"], 2, "PRELOAD_MODEL (--preload-model): "),
     ],
 )
@@ -245,7 +261,11 @@ def test_what_the_launcher_says(
     command: list[str], folder: Path, arguments: list[str], status: int, line: str | None
 ) -> None:
     ended = subprocess.run(
-        [sys.executable, *command, *arguments], cwd=folder, capture_output=True, text=True
+        [sys.executable, *command, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,  # were it to serve
     )
     assert ended.returncode == status
     if line is None:
