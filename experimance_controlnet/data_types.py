@@ -36,21 +36,30 @@ def _optional_fields_accept_null(schema: JsonDict) -> None:
         properties[name] = {"anyOf": [dict(field), {"type": "null"}], **kept}
 
 
-class LoraUse(BaseModel):
-    """One adapter asked for by name."""
+class _FromClient(BaseModel):
+    """Null means the default; unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, json_schema_extra=_optional_fields_accept_null
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
+
+
+class LoraUse(_FromClient):
+    """One adapter asked for by name."""
 
     name: Name = Field(description="A LoRA of the catalogue.")
     strength: float = Field(1.0, ge=0, le=2, description="Factor on the adapter's weights.")
 
 
-class ControlNetGenerateData(BaseModel):
+class ControlNetGenerateData(_FromClient):
     """The body of ``POST /generate``. Null means the default; unknown fields are refused."""
-
-    model_config = ConfigDict(
-        extra="forbid", allow_inf_nan=False, json_schema_extra=_optional_fields_accept_null
-    )
 
     prompt: PromptText = Field(
         min_length=1,
@@ -59,8 +68,8 @@ class ControlNetGenerateData(BaseModel):
     negative_prompt: PromptText | None = Field(None, description="What to avoid.")
     depth_map_b64: str | None = Field(
         None,
-        description="Depth map: base64 or data URL of a PNG, JPEG or WebP; 8 or 16 bit, grey or "
-        "colour, any size; near is bright.",
+        description="Depth map: base64 or data URL of a PNG, JPEG or WebP; 16-bit grey, or 8-bit "
+        "grey or colour; up to 8192 pixels a side, 4096 x 4096 in all; near is bright.",
     )
     mock_depth: bool = Field(False, description="Without a depth map, draw a radial one.")
     model: Name = Field("lightning", description="A model of the catalogue.")
@@ -100,13 +109,6 @@ class ControlNetGenerateData(BaseModel):
     enable_deepcache: bool = Field(
         False, description="Permits step caching; the metadata say whether it was used."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_default(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
@@ -167,6 +169,7 @@ class ControlApplied(BaseModel):
     start: float
     end: float
     depth: Literal["given", "mock"]
+    depth_sha256: str | None = Field(description="Of the given file's bytes; null for a mock.")
 
 
 class MemoryUse(BaseModel):
@@ -190,11 +193,14 @@ class GenerationMetadata(BaseModel):
     era_alternative: bool = Field(
         description="True where the era's own LoRAs cannot be had and its stated alternative ran."
     )
+    lora_strength: float
+    requested_loras: list[LoraUse] = Field(description="The request's own, beside the era's.")
     loras: list[LoraApplied] = Field(description="Adapters with their final weights.")
     steps: int
     cfg: float
     seed: int
     scheduler: str = Field(description="Class of the noise scheduler.")
+    scheduler_name: SchedulerName = Field(description="Its name in a request; never auto.")
     use_karras_sigmas: bool
     width: int
     height: int

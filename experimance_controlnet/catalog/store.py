@@ -130,13 +130,16 @@ class ModelStore:
     def _transfer(self, source: Source) -> Path:
         place = locate(source)
         if isinstance(place, LocalPlace):
-            raise ModelFileError(f"{source.uri} does not exist, or is not what the catalogue says")
+            _log.error("local_file_unusable", path=str(place.path))
+            raise ModelFileError(  # a client may read this: no path of this server
+                f"{place.path.name} does not exist, or is not what the catalogue says"
+            )
         target = self.models_dir / place.keep_at
         log = _log.bind(uri=without_query(source.uri))
         log.info("download_started", size_bytes=source.size_bytes)
         started_s = time.monotonic()
         try:
-            with disk_errors(target):
+            with disk_errors(Path("MODELS_DIR", place.keep_at)):
                 size_bytes = self._bring(place, source, target)
         except ModelFileError as error:
             seconds = round(time.monotonic() - started_s, 3)

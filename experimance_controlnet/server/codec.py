@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import hashlib
 import io
 import os
 import re
@@ -15,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast
 
 import numpy as np
@@ -32,6 +34,8 @@ FIELD = "depth_map_b64"
 DEPTH_PIXELS_MAX = 4096 * 4096
 """Four times the pixels of the largest image: more is of no use. Decoding one of this size takes
 about 100 MB at the peak; a bomb is refused by its header alone."""
+DEPTH_SIDE_PX_MAX = 8192
+"""Four times the longest side of an image. Resizing costs memory by the side, not by the area."""
 MEDIA_TYPES: dict[ImageFormat, str] = {
     "png": "image/png",
     "jpeg": "image/jpeg",
@@ -64,6 +68,15 @@ _DECODE_ERRORS = (
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 
 
+@dataclass(frozen=True, slots=True)
+class DepthMap:
+    """What steers an image, and what tells it from others."""
+
+    image: DepthImage
+    file_sha256: str | None
+    """None where the server drew it."""
+
+
 class CodecPool:
     """The threads that images are read and written on; few, so that memory stays bounded."""
 
@@ -81,11 +94,12 @@ class CodecPool:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def decode_depth(text: str) -> DepthImage:
+def decode_depth(text: str) -> DepthMap:
     """A depth map from base64 or a data URL; 16-bit grey keeps its range, colour turns to grey.
 
     Raises:
-        BadDepthMapError: not base64, not a still PNG, JPEG or WebP, damaged, or too large.
+        BadDepthMapError: not base64, not a still PNG, JPEG or WebP, damaged, too large, or 16-bit
+            colour.
     """
     content = _from_base64(text)
     try:
@@ -97,15 +111,15 @@ def decode_depth(text: str) -> DepthImage:
         raise BadDepthMapError(FIELD, "The image is damaged or incomplete.") from error
     depth = grey.astype(np.float32)
     depth /= full_scale
-    return depth
+    return DepthMap(depth, hashlib.sha256(content).hexdigest())
 
 
-def mock_depth(width: int, height: int) -> DepthImage:
+def mock_depth(width: int, height: int) -> DepthMap:
     """A radial depth map: 1 (near) in the centre, 0 (far) in the corners."""
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
     radius = np.sqrt((x * x + y * y) / 2)  # (height, width) 0..1, a rounding error above at most
-    return cast(DepthImage, np.maximum(1 - radius, np.float32(0)))
+    return DepthMap(cast(DepthImage, np.maximum(1 - radius, np.float32(0))), None)
 
 
 def encode_image(
@@ -136,10 +150,11 @@ def _from_base64(text: str) -> bytes:
 
 def _check_header(image: Image.Image) -> None:
     width, height = image.size
-    if width * height > DEPTH_PIXELS_MAX:
+    if width * height > DEPTH_PIXELS_MAX or max(width, height) > DEPTH_SIDE_PX_MAX:
         raise BadDepthMapError(
             FIELD,
-            f"It has {width} x {height} pixels; at most {DEPTH_PIXELS_MAX} in all are allowed.",
+            f"It has {width} x {height} pixels; at most {DEPTH_SIDE_PX_MAX} a side and "
+            f"{DEPTH_PIXELS_MAX} in all are allowed.",
         )
     if image.mode not in _SIXTEEN_BIT + _EIGHT_BIT:
         raise BadDepthMapError(FIELD, f"It must be grey or RGB(A), not {image.mode}.")
@@ -147,10 +162,20 @@ def _check_header(image: Image.Image) -> None:
         raise BadDepthMapError(FIELD, "It must be a still image, not an animation.")
 
 
+def _is_sixteen_bit_colour(png: bytes) -> bool:
+    """Pillow would cut it to 8 bits without a word; the IHDR chunk, always the first, tells."""
+    bit_depth, colour_type = png[24:26]
+    return bit_depth == 16 and colour_type in (2, 4, 6)
+
+
 def _read_grey(content: bytes) -> tuple[NDArray[np.generic], int]:
     """(height, width) integers, and the value that stands for 1."""
     with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
         _check_header(image)
+        if image.format == "PNG" and _is_sixteen_bit_colour(content):
+            raise BadDepthMapError(
+                FIELD, "It is 16-bit colour; send 16-bit grey without alpha, or 8-bit colour."
+            )
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode in _SIXTEEN_BIT:
             return np.asarray(image), 65535

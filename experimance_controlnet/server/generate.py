@@ -17,7 +17,7 @@ from experimance_controlnet.data_types import (
     MemoryUse,
     PhaseTimes,
 )
-from experimance_controlnet.engine.request import DepthImage, GenerationResult, PixelImage
+from experimance_controlnet.engine.request import GenerationResult, PixelImage
 from experimance_controlnet.errors import NotFoundUpstreamError
 from experimance_controlnet.server import bridge, codec
 from experimance_controlnet.server.resolve import SEEDS, Plan, make_plan
@@ -63,7 +63,7 @@ async def fetch_files(services: Services, plan: Plan) -> Plan:
     return plan
 
 
-async def read_depth(services: Services, plan: Plan) -> DepthImage | None:
+async def read_depth(services: Services, plan: Plan) -> codec.DepthMap | None:
     """The depth map of the request; None where it has none.
 
     Raises:
@@ -78,7 +78,7 @@ async def read_depth(services: Services, plan: Plan) -> DepthImage | None:
 
 
 async def make_pictures(
-    work: Work, depth: DepthImage | None, client_gone: Callable[[], Awaitable[None]]
+    work: Work, depth: codec.DepthMap | None, client_gone: Callable[[], Awaitable[None]]
 ) -> list[Picture]:
     """Let the engine make the images, and make files of them.
 
@@ -88,9 +88,11 @@ async def make_pictures(
     services = work.services
     accepted_s = time.monotonic()
     deadline_s = accepted_s + services.settings.request_timeout_s
-    requests = work.plan.requests(work.request_id, depth, deadline_s)
+    image = None if depth is None else depth.image
+    requests = work.plan.requests(work.request_id, image, deadline_s)
     results = await bridge.generate(services.engine, requests, client_gone)
     model_hash = await services.files.content_hash(work.plan.model.source)
+    control = _control_applied(work.plan, depth)
     memory = services.memory()
     pictures = (
         services.codec.run(
@@ -98,7 +100,7 @@ async def make_pictures(
             result.pixels,
             work.image_format,
             work.plan.data.quality,
-            _metadata(work, index, result, model_hash, memory),
+            _metadata(work, index, result, model_hash, control, memory),
             accepted_s,
         )
         for index, result in enumerate(results)
@@ -128,7 +130,12 @@ def _encode(
 
 
 def _metadata(
-    work: Work, index: int, result: GenerationResult, model_hash: str | None, memory: MemoryUse
+    work: Work,
+    index: int,
+    result: GenerationResult,
+    model_hash: str | None,
+    control: ControlApplied | None,
+    memory: MemoryUse,
 ) -> GenerationMetadata:
     plan, data = work.plan, work.plan.data
     return GenerationMetadata(
@@ -139,15 +146,18 @@ def _metadata(
         model_hash=model_hash,
         era=data.era,
         era_alternative=plan.era_alternative,
+        lora_strength=data.lora_strength,
+        requested_loras=data.loras,
         loras=[LoraApplied(name=lora.name, weight=lora.weight) for lora in plan.adapters],
         steps=plan.steps,
         cfg=plan.cfg,
         seed=(plan.seed + index) % SEEDS,
         scheduler=result.scheduler_class,
+        scheduler_name=plan.scheduler,
         use_karras_sigmas=result.use_karras_sigmas,
         width=data.width,
         height=data.height,
-        control=_control_applied(plan),
+        control=control,
         prompt_tokens=result.prompt_tokens,
         negative_prompt_tokens=result.negative_prompt_tokens,
         workload=round(plan.workload, 3),
@@ -166,13 +176,15 @@ def _metadata(
     )
 
 
-def _control_applied(plan: Plan) -> ControlApplied | None:
+def _control_applied(plan: Plan, depth: codec.DepthMap | None) -> ControlApplied | None:
     if plan.controlnet is None or plan.depth is None:
         return None
+    assert depth is not None
     return ControlApplied(
         controlnet=plan.controlnet.name,
         strength=plan.data.controlnet_strength,
         start=plan.data.control_guidance_start,
         end=plan.data.control_guidance_end,
         depth=plan.depth,
+        depth_sha256=depth.file_sha256,
     )

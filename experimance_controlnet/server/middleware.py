@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from experimance_controlnet.errors import WorkerError
+
 log = structlog.get_logger()
 
 _USABLE_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -76,7 +78,8 @@ class RequestScope:
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception as error:  # the top of HTTP: logged with the request's id
-                log.error("request_crashed", error=repr(error), exc_info=error)
+                code = WorkerError.code
+                log.error("request_crashed", code=code, reason=repr(error), exc_info=error)
                 if status is None:
                     await self._on_error(request_id)(scope, receive, send_with_id)
             finally:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -20,6 +21,8 @@ from starlette.requests import ClientDisconnect
 from experimance_controlnet import errors
 from experimance_controlnet.data_types import Problem
 from experimance_controlnet.server.middleware import done_fields_of, request_id_of
+
+log = structlog.get_logger()
 
 MEDIA_TYPE = "application/problem+json"
 FAULTS_SHOWN = 20
@@ -100,8 +103,19 @@ async def _on_worker_error(request: Request, error: Exception) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, errors.InvalidRequestError):
         faults = [{"field": error.field, "reason": error.message}]
+    if _is_fault(error):
+        log.error(
+            "problem_answered", code=error.code, reason=error.message, exc_info=error.__cause__
+        )
     status = status_of(error)
     return _answer(request, status, error.code, error.message, faults=faults, headers=headers)
+
+
+def _is_fault(error: errors.WorkerError) -> bool:
+    """Whether the operator should know. That the server is busy, or stops, is no fault."""
+    if isinstance(error, errors.UnavailableError):
+        return isinstance(error, errors.DeviceMemoryError | errors.EngineDeadError)
+    return status_of(error) >= 500
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

@@ -26,7 +26,11 @@ from experimance_controlnet.engine.request import (
     DepthImage,
     GenerationRequest,
 )
-from experimance_controlnet.engine.schedulers import KARRAS_SCHEDULERS
+from experimance_controlnet.engine.schedulers import (
+    KARRAS_SCHEDULERS,
+    make_scheduler,
+    scheduler_config,
+)
 from experimance_controlnet.errors import InvalidRequestError, UnknownNameError
 from experimance_controlnet.workload import acting_steps, workload
 
@@ -58,6 +62,7 @@ class Plan:
     seed: int
     """Of the first image."""
     scheduler: SchedulerName
+    use_karras_sigmas: bool
     workload: float
     """Units of all images together."""
 
@@ -85,7 +90,7 @@ class Plan:
                 cfg=self.cfg,
                 seed=(self.seed + image) % SEEDS,
                 scheduler=self.scheduler,
-                use_karras_sigmas=self.data.use_karras_sigmas,
+                use_karras_sigmas=self.use_karras_sigmas,
                 adapters=self.adapters,
                 control=self._control(depth),
                 workload=self.workload / self.data.num_images,
@@ -121,14 +126,16 @@ def make_plan(
         InvalidRequestError: Karras sigmas asked of a scheduler that has none.
     """
     model = _look_up(catalog.models, data.model, "model")
-    controlnet = _look_up(catalog.controlnets, data.controlnet, "controlnet")
     era_uses, era_alternative = _era_adapters(data, catalog, not_to_be_had)
     adapters = _add_up(data, catalog, era_uses)
     steps = data.steps or model.steps
     cfg = data.cfg or model.cfg
     scheduler = model.scheduler if data.scheduler == "auto" else data.scheduler
-    _check_karras(data, scheduler)
     depth = _depth_in_use(data, steps)
+    controlnet = None
+    # a catalogue without the default one still serves text to image
+    if depth is not None or "controlnet" in data.model_fields_set:
+        controlnet = _look_up(catalog.controlnets, data.controlnet, "controlnet")
     return Plan(
         data=data,
         model=model,
@@ -141,6 +148,7 @@ def make_plan(
         cfg=cfg,
         seed=secrets.randbelow(SEEDS) if data.seed is None else data.seed,
         scheduler=scheduler,
+        use_karras_sigmas=_karras_in_use(data, model, scheduler),
         workload=workload(
             width=data.width,
             height=data.height,
@@ -206,13 +214,19 @@ def _add_up(
     return tuple(Adapter(name, weight) for name, weight in rounded.items() if weight)
 
 
-def _check_karras(data: ControlNetGenerateData, scheduler: SchedulerName) -> None:
+def _karras_in_use(
+    data: ControlNetGenerateData, model: ModelSpec, scheduler: SchedulerName
+) -> bool:
     if data.use_karras_sigmas and scheduler not in KARRAS_SCHEDULERS:
         raise InvalidRequestError(
             "use_karras_sigmas",
             f"The scheduler {scheduler} has no Karras sigmas; use one of "
             f"{', '.join(sorted(KARRAS_SCHEDULERS))}.",
         )
+    if data.use_karras_sigmas is not None:
+        return data.use_karras_sigmas
+    made = make_scheduler(scheduler, scheduler_config(model, scheduler), steps=1)
+    return bool(made.config.get("use_karras_sigmas", False))
 
 
 def _depth_in_use(data: ControlNetGenerateData, steps: int) -> Literal["given", "mock"] | None:

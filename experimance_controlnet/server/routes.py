@@ -20,7 +20,7 @@ from experimance_controlnet.data_types import (
     PingResponse,
     Problem,
 )
-from experimance_controlnet.errors import UnknownNameError
+from experimance_controlnet.errors import InvalidRequestError, UnknownNameError
 from experimance_controlnet.server import problems
 from experimance_controlnet.server.bridge import until_disconnect
 from experimance_controlnet.server.codec import MEDIA_TYPES
@@ -71,6 +71,7 @@ async def generate(
     """Make one or more images."""
     delivery = negotiate(accept, data)
     plan = make_plan(data, services.catalog, services.files.absent)
+    _check_num_images(services, data.num_images)
     fields = done_fields_of(request.scope)
     fields.update(_plan_fields(plan))
     started_s = time.monotonic()
@@ -135,6 +136,12 @@ async def unload(services: TheServices, model_key: ModelName) -> ModelActionResp
 async def metrics(services: TheServices) -> Response:
     """Prometheus' text format."""
     return Response(services.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _check_num_images(services: Services, num_images: int) -> None:
+    most = services.settings.queue_capacity
+    if num_images > most:  # would never fit: no 429, which invites another try
+        raise InvalidRequestError("num_images", f"This server takes at most {most} at once.")
 
 
 def _check_model(services: Services, field: str, name: str) -> None:

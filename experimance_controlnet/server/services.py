@@ -117,7 +117,9 @@ class Services:
                 return
             except (WorkerError, OSError) as error:
                 log.error("preload_failed", model=model, reason=str(error))
-                self.preload.failed[model] = str(error)
+                # an OSError's own text holds a path of this server
+                reason = error.strerror if isinstance(error, OSError) else str(error)
+                self.preload.failed[model] = reason or type(error).__name__
             finally:
                 self.preload.pending.remove(model)
 

@@ -30,7 +30,8 @@ def _check_headers(request: Request) -> None:
     content_type = Message()
     content_type["content-type"] = request.headers.get("content-type", "")
     is_json = content_type.get_content_type() == "application/json"
-    if not is_json or content_type.get_param("charset", "utf-8") not in ("utf-8", "UTF-8"):
+    charset = str(content_type.get_param("charset", "utf-8"))
+    if not is_json or charset.lower() != "utf-8":
         raise HTTPException(
             415, "Send JSON in UTF-8 with the header Content-Type: application/json."
         )

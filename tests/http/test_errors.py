@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -90,7 +91,12 @@ JUST_OUTSIDE: dict[str, list[Any]] = {
 JUST_INSIDE: dict[str, list[Any]] = {
     "prompt": ["x", "x" * 2000],
     "negative_prompt": ["", "x" * 2000],
-    "loras": [[], [{"name": "drone"}], [{"name": "drone", "strength": 2}]],
+    "loras": [
+        [],
+        [{"name": "drone"}],
+        [{"name": "drone", "strength": 2}],
+        [{"name": "drone", "strength": None}],
+    ],
     "steps": [1, 50],
     "cfg": [0.1, 20],
     "seed": [0, 2**32 - 1],
@@ -258,7 +264,12 @@ def test_bodies_that_are_not_plain_json(server: RunningServer, headers: dict[str
 
 
 @pytest.mark.parametrize(
-    "content_type", ["application/json; charset=utf-8", "Application/JSON;charset=UTF-8"]
+    "content_type",
+    [
+        "application/json; charset=utf-8",
+        "Application/JSON;charset=UTF-8",
+        'application/json; charset="Utf-8"',
+    ],
 )
 def test_spellings_of_plain_json(server: RunningServer, content_type: str) -> None:
     answer = server.client.post(
@@ -434,8 +445,10 @@ def test_a_full_queue(start_server: StartServer) -> None:
         assert accepted.result().status_code == 200
     assert store.fetched == []  # nothing costly is begun for those who cannot be served
     assert server.generate().status_code == 200
-    # more than ever fit
-    check_problem(server.generate(num_images=5), 429, "queue_full")
+    # more than ever fit: another try would be in vain
+    never = check_problem(server.generate(num_images=5), 422, "invalid_request")
+    assert fields_of(never) == ["num_images"]
+    assert "at most 4" in never["detail"]
 
 
 def test_a_deadline_passes_in_the_queue(start_server: StartServer) -> None:
@@ -451,6 +464,71 @@ def test_a_deadline_passes_in_the_queue(start_server: StartServer) -> None:
         check_problem(late, 504, "deadline_exceeded")
         assert first.result().status_code == 200  # has begun: it may take its time
     assert not any("late" in batch for batch in server.runner.batches)
+
+
+# ---- what the operator is told --------------------------------------------------------------
+
+
+@contextmanager
+def told(event: str = "problem_answered") -> Iterator[list[Any]]:
+    """The events of that name, with the ids that the log file would show."""
+    found: list[Any] = []
+    with_ids = [structlog.contextvars.merge_contextvars]
+    with structlog.testing.capture_logs(processors=with_ids) as events:
+        yield found
+    found += [one for one in events if one["event"] == event]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NanOutputError("Not a number."), "nan_output"),
+        (DeviceMemoryError("Too large."), "out_of_memory"),
+    ],
+)
+def test_a_fault_is_logged_once_with_code_and_reason(
+    start_server: StartServer, error: Exception, code: str
+) -> None:
+    server = start_server(failing("decode", error))
+    with told() as events:
+        request_id = server.generate(prompt="poison").headers["x-request-id"]
+    [event] = events
+    assert (event["log_level"], event["request_id"]) == ("error", request_id)
+    assert (event["code"], event["reason"]) == (code, str(error))
+
+
+def test_the_cause_of_a_fault_is_in_the_log_and_not_in_the_answer(
+    start_server: StartServer,
+) -> None:
+    error, cause = DownloadError("The origin does not answer."), OSError(CANARY)
+    error.__cause__ = cause
+    store = FakeStore()
+    store.lacks("lightning", error)
+    with told() as events:
+        check_problem(start_server(store=store).generate(), 502, "download_failed")
+    [event] = events
+    assert event["exc_info"] is cause
+
+
+def test_a_late_request_is_a_fault_but_a_busy_server_is_none(start_server: StartServer) -> None:
+    server = start_server(FakeRunner(step_s=0.1), request_timeout_s=0.5, max_batch_rows=2)
+    with told() as events, ThreadPoolExecutor() as pool:
+        first = pool.submit(server.generate, steps=15)
+        wait_until(lambda: len(server.runner.batches) > 0)
+        busy = server.client.post("/unload", params={"model_key": "lightning"})
+        check_problem(busy, 503, "model_busy")
+        check_problem(server.generate(), 504, "deadline_exceeded")
+        server.generate(steps=99)
+        assert first.result().status_code == 200
+    assert [event["code"] for event in events] == ["deadline_exceeded"]
+
+
+def test_a_preload_that_fails_shows_no_path_of_the_server(start_server: StartServer) -> None:
+    store = FakeStore()
+    store.lacks("lightning", PermissionError(13, "Permission denied", f"/srv/{CANARY}"))
+    server = start_server(store=store, preload_model="lightning")
+    wait_until(lambda: server.client.get("/checkhealth").json()["last_error"] is not None)
+    assert server.client.get("/checkhealth").json()["last_error"] == "Permission denied"
 
 
 # ---- ids, and what nobody foresaw -----------------------------------------------------------
@@ -490,7 +568,8 @@ def test_an_error_that_nobody_foresaw(start_server: StartServer) -> None:
     with structlog.testing.capture_logs() as events:
         check_problem(server.generate(), 500, "internal_error")
     [event] = [event for event in events if event["event"] == "request_crashed"]
-    assert CANARY in event["error"]
+    assert CANARY in event["reason"]
+    assert event["code"] == "internal_error"
     assert isinstance(event["exc_info"], ZeroDivisionError)
     assert server.client.get("/ping").status_code == 200
 

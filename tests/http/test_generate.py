@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ from PIL import Image
 
 from experimance_controlnet import __version__
 from experimance_controlnet.data_types import ControlNetGenerateData, GenerateResponse
+from experimance_controlnet.engine.fake import FakeRunner
+from experimance_controlnet.engine.request import GenerationRequest, RequestState
+from experimance_controlnet.engine.schedulers import make_scheduler
 from experimance_controlnet.errors import NotFoundUpstreamError
 from tests.http.conftest import FakeStore, RunningServer, StartServer, source, wait_until
 
@@ -98,7 +103,11 @@ def test_metadata_say_what_was_applied(server: RunningServer) -> None:
                 "start": 0.0,
                 "end": 1.0,
                 "depth": "mock",
+                "depth_sha256": None,
             },
+            "scheduler_name": "euler",
+            "lora_strength": 0.5,
+            "requested_loras": [],
             "deepcache_used": False,
             "notes": [],
             "server_version": __version__,
@@ -109,6 +118,98 @@ def test_metadata_say_what_was_applied(server: RunningServer) -> None:
     assert 0 < times["encode_image_s"] <= times["total_s"] <= body["generation_time"]
     assert metadata["memory"]["ram_mb"] > 10
     assert metadata["memory"]["gpu_memory"] is None
+
+
+class Recorder(FakeRunner):
+    """Keeps the requests that reach the engine, and lays their schedulers out as they say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[GenerationRequest] = []
+
+    def admit(self, request: GenerationRequest, accepted_s: float) -> RequestState:
+        self.requests.append(request)
+        state = super().admit(request, accepted_s)
+        karras = request.use_karras_sigmas
+        state.scheduler = make_scheduler(request.scheduler, {}, request.steps, karras)
+        return state
+
+
+@pytest.fixture(scope="module")
+def recording(start_server: StartServer) -> RunningServer:
+    store = FakeStore()
+    store.lacks("experimance_wilderness", NotFoundUpstreamError("There is no such file."))
+    return start_server(Recorder(), store)
+
+
+def body_of(metadata: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
+    """The request for a picture like this one; ``files`` are depth maps by their sha256."""
+    body = {
+        name: metadata[name]
+        for name in (
+            *("prompt", "negative_prompt", "model", "era", "lora_strength", "steps", "cfg"),
+            *("seed", "use_karras_sigmas", "width", "height"),
+        )
+    }
+    body |= {"scheduler": metadata["scheduler_name"], "loras": metadata["requested_loras"]}
+    control = metadata["control"]
+    if control is not None:
+        body |= {
+            "controlnet": control["controlnet"],
+            "controlnet_strength": control["strength"],
+            "control_guidance_start": control["start"],
+            "control_guidance_end": control["end"],
+            "mock_depth": control["depth"] == "mock",
+            "depth_map_b64": files.get(control["depth_sha256"]),
+        }
+    return body
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"model": "base", "negative_prompt": ""},
+        {"model": "hyper", "scheduler": "dpm_sde", "use_karras_sigmas": False},
+        {"scheduler": "ddim", "steps": 9, "cfg": 0.7, "seed": 0},
+        {"scheduler": "dpm_multi", "use_karras_sigmas": True, "num_images": 3},
+        {
+            "era": "modern",
+            "lora_strength": 0.3,
+            "loras": [{"name": "drone", "strength": 0.1}, {"name": "experimance"}],
+        },
+        {"era": "wilderness", "lora_strength": 1.7},  # whose alternative applies
+        {"depth_map_b64": depth_b64(), "controlnet_strength": 1.3, "control_guidance_start": 0.2},
+        {"mock_depth": True, "control_guidance_end": 0.7, "height": 512},
+        {"mock_depth": True, "controlnet_strength": 0},
+    ],
+)
+def test_a_picture_can_be_made_again_from_its_metadata_alone(
+    recording: RunningServer, fields: dict[str, Any]
+) -> None:
+    assert isinstance(recording.runner, Recorder)
+    first = recording.generate(**fields).json()
+    last = (first.get("images_b64") or [first["image_b64"]])[-1]
+    original = recording.runner.requests[-1]
+    metadata = json.loads(opened(last).info["generation"])
+    depth = base64.b64decode(depth_b64())
+    again = recording.client.post(
+        "/generate",
+        json=body_of(metadata, {hashlib.sha256(depth).hexdigest(): depth_b64()}),
+        headers={"X-Request-ID": metadata["request_id"]},
+    )
+    assert again.status_code == 200, again.text
+    repeated = recording.runner.requests[-1]
+    assert original is not repeated
+    if original.control is not None:
+        assert repeated.control is not None
+        np.testing.assert_array_equal(original.control.depth, repeated.control.depth)
+        repeated = replace(
+            repeated, control=replace(repeated.control, depth=original.control.depth)
+        )
+    # the queue's own: when it would have been too late, and one image's share of several
+    share = original.workload if "num_images" in fields else repeated.workload
+    assert replace(repeated, deadline_s=original.deadline_s, workload=share) == original
 
 
 def test_null_means_the_default(server: RunningServer) -> None:

@@ -321,8 +321,17 @@ def test_an_absence_is_believed_for_some_minutes_only() -> None:
 def test_a_port_in_use_is_one_clear_line() -> None:
     with open_socket("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
-        with pytest.raises(SettingsError, match=rf"^Cannot listen on 127.0.0.1 port {port}: .+$"):
+        with pytest.raises(
+            SettingsError,
+            match=rf"^MODEL_SERVER_PORT \(--model-server-port\): .+ 127.0.0.1 port {port}: .+$",
+        ):
             open_socket("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b", "::zz", "198.51.100.7"])
+def test_a_host_that_is_not_this_machine(host: str) -> None:
+    with pytest.raises(SettingsError, match=r"^MODEL_SERVER_HOST \(--model-server-host\): .+$"):
+        open_socket(host, 0)
 
 
 @pytest.mark.parametrize(

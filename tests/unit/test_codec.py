@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import random
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from experimance_controlnet.data_types import ImageFormat
+from experimance_controlnet.engine.request import DepthImage
 from experimance_controlnet.errors import BadDepthMapError
 from experimance_controlnet.server import codec
 
@@ -29,6 +31,10 @@ def saved(image: Image.Image, image_format: str = "PNG", **options: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+def decode(text: str) -> DepthImage:
+    return codec.decode_depth(text).image
+
+
 def grey(array: Any = RAMP8) -> Image.Image:
     return Image.fromarray(array)
 
@@ -37,13 +43,13 @@ def grey(array: Any = RAMP8) -> Image.Image:
 
 
 def test_eight_bit_grey() -> None:
-    depth = codec.decode_depth(saved(grey()))
+    depth = decode(saved(grey()))
     assert depth.dtype == np.float32
     np.testing.assert_array_equal(depth, RAMP8.astype(np.float32) / 255)
 
 
 def test_sixteen_bit_grey_keeps_its_range() -> None:
-    depth = codec.decode_depth(saved(grey(RAMP16)))
+    depth = decode(saved(grey(RAMP16)))
     assert depth.dtype == np.float32
     np.testing.assert_allclose(depth, RAMP16 / 65535, atol=1e-7)
     assert len(np.unique(depth)) == 256
@@ -52,18 +58,17 @@ def test_sixteen_bit_grey_keeps_its_range() -> None:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P"])
 def test_other_modes_become_the_same_grey(mode: str) -> None:
     image = grey().convert(mode)
-    np.testing.assert_allclose(codec.decode_depth(saved(image)), RAMP8 / 255, atol=1 / 255)
+    np.testing.assert_allclose(decode(saved(image)), RAMP8 / 255, atol=1 / 255)
 
 
 def test_one_bit() -> None:
-    depth = codec.decode_depth(saved(grey().convert("1", dither=Image.Dither.NONE)))
+    depth = decode(saved(grey().convert("1", dither=Image.Dither.NONE)))
     assert set(np.unique(depth)) == {0.0, 1.0}
 
 
 def test_colour_becomes_luminance() -> None:
     values = [
-        codec.decode_depth(saved(Image.new("RGB", (2, 2), colour)))[0, 0]
-        for colour in ("red", "lime", "blue")
+        decode(saved(Image.new("RGB", (2, 2), colour)))[0, 0] for colour in ("red", "lime", "blue")
     ]
     np.testing.assert_allclose(values, [0.299, 0.587, 0.114], atol=0.003)
 
@@ -71,18 +76,18 @@ def test_colour_becomes_luminance() -> None:
 @pytest.mark.parametrize("alpha", [0, 100, 255])
 def test_alpha_says_nothing(alpha: int) -> None:
     image = Image.new("RGBA", (2, 2), (200, 200, 200, alpha))
-    assert codec.decode_depth(saved(image))[0, 0] == pytest.approx(200 / 255)
+    assert decode(saved(image))[0, 0] == pytest.approx(200 / 255)
 
 
 def test_a_palette_with_transparency() -> None:
     image = grey().convert("P")
-    depth = codec.decode_depth(saved(image, transparency=bytes(range(256))))
+    depth = decode(saved(image, transparency=bytes(range(256))))
     np.testing.assert_allclose(depth, RAMP8 / 255, atol=1 / 255)
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "WEBP"])
 def test_lossy_formats(image_format: str) -> None:
-    depth = codec.decode_depth(saved(Image.new("L", (40, 20), 128), image_format, quality=100))
+    depth = decode(saved(Image.new("L", (40, 20), 128), image_format, quality=100))
     assert depth.shape == (20, 40)
     np.testing.assert_allclose(depth, 128 / 255, atol=0.01)
 
@@ -93,7 +98,7 @@ def test_exif_orientation_is_applied(image_format: str) -> None:
     exif[0x0112] = 6  # the camera was turned: show it a quarter clockwise
     image = Image.new("L", (40, 20))
     image.paste(255, (0, 0, 40, 10))  # top half
-    depth = codec.decode_depth(saved(image, image_format, exif=exif))
+    depth = decode(saved(image, image_format, exif=exif))
     assert depth.shape == (40, 20)
     assert depth[:, 12:].mean() > 0.95
     assert depth[:, :8].mean() < 0.05
@@ -102,7 +107,7 @@ def test_exif_orientation_is_applied(image_format: str) -> None:
 def test_orientation_of_sixteen_bit() -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
-    depth = codec.decode_depth(saved(grey(RAMP16), exif=exif))
+    depth = decode(saved(grey(RAMP16), exif=exif))
     np.testing.assert_allclose(depth, RAMP16[::-1, ::-1] / 65535, atol=1e-7)
 
 
@@ -116,9 +121,7 @@ def test_orientation_of_sixteen_bit() -> None:
     ],
 )
 def test_spellings_of_base64(wrap: Any) -> None:
-    np.testing.assert_array_equal(
-        codec.decode_depth(wrap(saved(grey()))), RAMP8.astype(np.float32) / 255
-    )
+    np.testing.assert_array_equal(decode(wrap(saved(grey()))), RAMP8.astype(np.float32) / 255)
 
 
 # ---- depth maps that cannot -----------------------------------------------------------------
@@ -141,7 +144,7 @@ def test_spellings_of_base64(wrap: Any) -> None:
 )
 def test_bad_base64(spoil: Any) -> None:
     with pytest.raises(BadDepthMapError) as caught:
-        codec.decode_depth(spoil(saved(grey())))
+        decode(spoil(saved(grey())))
     assert caught.value.field == "depth_map_b64"
 
 
@@ -160,13 +163,15 @@ def test_bad_base64(spoil: Any) -> None:
 )
 def test_images_that_are_refused(text: str, reason: str) -> None:
     with pytest.raises(BadDepthMapError, match=reason):
-        codec.decode_depth(text)
+        decode(text)
 
 
-def bomb(width: int, height: int) -> str:
+def png(
+    width: int, height: int, bit_depth: int = 8, colour_type: int = 0, rows: bytes = b""
+) -> str:
     chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"")),
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
         (b"IEND", b""),
     ]
     body = b"".join(
@@ -176,19 +181,43 @@ def bomb(width: int, height: int) -> str:
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + body).decode()
 
 
-@pytest.mark.parametrize("size", [(4097, 4096), (100_000, 100_000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.parametrize(
+    "size",
+    [(4097, 4096), (100_000, 100_000), (2**31 - 1, 2**31 - 1), (8193, 1), (1, 8193), (2**24, 1)],
+)
 def test_too_many_pixels_are_refused_by_the_header(size: tuple[int, int]) -> None:
-    text = bomb(*size)
+    text = png(*size)
     tracemalloc.start()
     with pytest.raises(BadDepthMapError, match="pixels"):
-        codec.decode_depth(text)
+        decode(text)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 1_000_000
 
 
-def test_the_largest_size_is_read() -> None:
-    assert codec.decode_depth(saved(Image.new("L", (4096, 4096)))).shape == (4096, 4096)
+@pytest.mark.parametrize("size", [(4096, 4096), (8192, 2048), (1, 8192)])
+def test_the_largest_size_is_read(size: tuple[int, int]) -> None:
+    assert decode(saved(Image.new("L", size))).shape == size[::-1]
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_colour_is_not_cut_to_eight(colour_type: int, channels: int) -> None:
+    for bit_depth, reason in ((16, "16-bit grey without alpha, or 8-bit colour"), (8, None)):
+        row = b"\0" + b"\x12\x34"[: bit_depth // 8] * channels * 2
+        text = png(2, 2, bit_depth, colour_type, row * 2)
+        if reason is None:
+            assert decode(text).shape == (2, 2)
+        else:
+            with pytest.raises(BadDepthMapError, match=reason):
+                decode(text)
+
+
+def test_a_file_is_known_by_its_hash() -> None:
+    text = saved(grey(RAMP16))
+    expected = hashlib.sha256(base64.b64decode(text)).hexdigest()
+    for spelling in (text, f"data:image/png;base64,{text}"):
+        assert codec.decode_depth(spelling).file_sha256 == expected
+    assert codec.mock_depth(64, 64).file_sha256 is None
 
 
 def test_damage_of_any_kind_is_a_bad_depth_map() -> None:
@@ -214,7 +243,7 @@ def test_damage_of_any_kind_is_a_bad_depth_map() -> None:
             content[dice.randrange(min(len(content), 400))] = dice.randrange(256)
         del content[len(content) - dice.choice((0, 0, dice.randrange(len(content)))) :]
         try:
-            depth = codec.decode_depth(base64.b64encode(content).decode())
+            depth = decode(base64.b64encode(content).decode())
         except BadDepthMapError:
             refused += 1
         else:
@@ -228,7 +257,7 @@ def test_damage_of_any_kind_is_a_bad_depth_map() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(256, 256), (512, 256), (2048, 1024)])
 def test_the_mock_is_near_in_the_centre(width: int, height: int) -> None:
-    depth = codec.mock_depth(width, height)
+    depth = codec.mock_depth(width, height).image
     assert depth.shape == (height, width)
     assert depth.dtype == np.float32
     assert depth[height // 2, width // 2] == depth.max() > 0.99

@@ -31,7 +31,7 @@ def test_every_request_field_is_documented(name: str) -> None:
     assert f"`{name}`" in README or f"`{name.removeprefix('control_guidance')}`" in README
 
 
-@pytest.mark.parametrize("status", sorted({400, 413, 415, *STATUS.values()}))
+@pytest.mark.parametrize("status", sorted({400, 404, 405, 406, 413, 415, *STATUS.values()}))
 def test_every_status_is_documented(status: int) -> None:
     assert re.search(rf"\b{status}\b", README)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -199,6 +200,42 @@ def test_unknown_names(fields: dict[str, Any], field: str, known: str) -> None:
     assert known in caught.value.message
     for unknown in ("turbo", "jurassic", "canny"):
         assert unknown not in caught.value.message
+
+
+def test_a_catalogue_without_the_default_controlnet() -> None:
+    bare = replace(CATALOG, controlnets={})
+    unused: list[dict[str, Any]] = [{}, {"controlnet": None}]
+    unused += [{"mock_depth": True, "controlnet_strength": 0}]
+    for fields in unused:
+        data = ControlNetGenerateData.model_validate({"prompt": "p"} | fields)
+        assert make_plan(data, bare).controlnet is None
+    # one that is needed, or asked for, is looked up
+    for fields in ({"mock_depth": True}, {"controlnet": "sdxl_small"}):
+        data = ControlNetGenerateData.model_validate({"prompt": "p"} | fields)
+        with pytest.raises(UnknownNameError, match="none at all") as caught:
+            make_plan(data, bare)
+        assert caught.value.field == "controlnet"
+
+
+@pytest.mark.parametrize(
+    ("fields", "karras"),
+    [
+        ({}, False),
+        ({"use_karras_sigmas": True}, True),
+        ({"scheduler": "dpm_sde"}, True),
+        ({"scheduler": "dpm_sde", "use_karras_sigmas": False}, False),
+        ({"scheduler": "ddim"}, False),
+        ({"model": "base"}, True),
+    ],
+)
+def test_karras_sigmas_default_to_the_schedulers(fields: dict[str, Any], karras: bool) -> None:
+    [request] = plan(**fields).requests("r", None, 1.0)
+    assert request.use_karras_sigmas is karras
+
+
+def test_a_null_strength_of_a_lora_is_the_default() -> None:
+    nulled = plan(loras=[{"name": "drone", "strength": None}])
+    assert nulled.adapters == (Adapter("drone", 1.0),)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "lcm", "euler_a"])
