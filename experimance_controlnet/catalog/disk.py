@@ -19,7 +19,7 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes + _SPARE_BYTES > free_bytes:
         raise DiskFullError(
-            f"the disk of {folder} has {free_bytes / 1e9:.1f} GB free; "
+            f"the disk of MODELS_DIR has {free_bytes / 1e9:.1f} GB free; "
             f"a download needs {(needed_bytes + _SPARE_BYTES) / 1e9:.1f} GB"
         )
 

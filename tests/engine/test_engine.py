@@ -267,6 +267,13 @@ def test_a_panic_ends_the_engine_at_once(start: StartEngine, operation: str) -> 
     assert not engine.health().alive
 
 
+def test_the_last_error_tells_nothing_of_this_machine(start: StartEngine) -> None:
+    engine = start(FakeRunner(fault=fail_on("predict", "bad", OSError("/secret/path is gone"))))
+    assert outcomes(engine.submit([request("bad")])) == [GenerationError]
+    assert "OSError" in str(engine.health().last_error)
+    assert "secret" not in str(engine.health().last_error)
+
+
 def test_a_failure_holds_no_frames(start: StartEngine) -> None:
     """They would keep the tensors of the failed request alive for as long as the error."""
     engine = start(FakeRunner(fault=fail_on("decode", "bad", NanOutputError("black"))))
