@@ -98,8 +98,8 @@ def test_sixteen_mixed_requests_are_all_right(server: ServerProcess) -> None:
         for one, other in zip(found, expected, strict=True):
             assert max_difference(one, other) <= 2
     assert len(pings_s) > 10
-    # the median: one slow answer may be this machine's, not the server's
-    assert np.median(pings_s) < PING_S
+    # not the slowest: one late answer may be this machine's, not the server's
+    assert np.percentile(pings_s, 90) < PING_S
     assert httpx.get(f"{server.url}/checkhealth").json()["queue_depth"] == 0
 
 
