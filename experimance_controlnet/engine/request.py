@@ -181,11 +181,6 @@ class RequestState:
         """All steps done; what is left is to decode."""
         return self.step >= self.request.steps
 
-    @property
-    def remaining_rows(self) -> int:
-        """UNet evaluations still to do."""
-        return (self.request.steps - self.step) * self.request.rows
-
     def result(self, pixels: PixelImage) -> GenerationResult:
         """Sum the finished request up. All moments of the timer have been reached."""
         timer, conditioning = self.timer, self.conditioning

@@ -26,12 +26,8 @@ from experimance_controlnet.engine.request import (
     DepthImage,
     GenerationRequest,
 )
-from experimance_controlnet.engine.schedulers import (
-    KARRAS_SCHEDULERS,
-    make_scheduler,
-    scheduler_config,
-)
-from experimance_controlnet.errors import InvalidRequestError, UnknownNameError
+from experimance_controlnet.engine.schedulers import make_scheduler, scheduler_config
+from experimance_controlnet.errors import UnknownNameError
 from experimance_controlnet.workload import acting_steps, workload
 
 T = TypeVar("T")
@@ -217,15 +213,9 @@ def _add_up(
 def _karras_in_use(
     data: ControlNetGenerateData, model: ModelSpec, scheduler: SchedulerName
 ) -> bool:
-    if data.use_karras_sigmas and scheduler not in KARRAS_SCHEDULERS:
-        raise InvalidRequestError(
-            "use_karras_sigmas",
-            f"The scheduler {scheduler} has no Karras sigmas; use one of "
-            f"{', '.join(sorted(KARRAS_SCHEDULERS))}.",
-        )
-    if data.use_karras_sigmas is not None:
-        return data.use_karras_sigmas
-    made = make_scheduler(scheduler, scheduler_config(model, scheduler), steps=1)
+    """What the engine will make of the wish; it refuses one that the scheduler cannot grant."""
+    config = scheduler_config(model, scheduler)
+    made = make_scheduler(scheduler, config, 1, data.use_karras_sigmas)
     return bool(made.config.get("use_karras_sigmas", False))
 
 
