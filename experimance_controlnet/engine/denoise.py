@@ -5,77 +5,66 @@ own scheduler.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.controlnets.controlnet import ControlNetModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from experimance_controlnet.engine.request import Conditioning, Control, RequestState
+from experimance_controlnet.engine.graphs import Recorder, ReplayedWork
+from experimance_controlnet.engine.network.attention import fastest_attention
+from experimance_controlnet.engine.network.transformer import Prompt
+from experimance_controlnet.engine.network.unet import (
+    ControlNetwork,
+    ControlResiduals,
+    TextConstants,
+    UnetNetwork,
+    add_residuals,
+)
+from experimance_controlnet.engine.request import (
+    Adapter,
+    Conditioning,
+    Control,
+    GenerationRequest,
+    RequestState,
+)
 
-
-@dataclass(frozen=True, slots=True)
-class RowBatch:
-    """The rows of several requests side by side; R rows. A view for one evaluation, then gone."""
-
-    sample: torch.Tensor  # (R, 4, H/8, W/8) model dtype
-    timesteps: torch.Tensor  # (R,) fp32
-    prompt_embeds: torch.Tensor  # (R, T, D) model dtype
-    added: Mapping[str, torch.Tensor]  # text_embeds (R, P), time_ids (R, 6), model dtype
-
-    def select(self, rows: Sequence[int]) -> RowBatch:
-        """Some of the rows; all of them, the usual case, cost nothing."""
-        if len(rows) == len(self.sample):
-            return self
-        index = torch.tensor(rows).to(self.sample.device, non_blocking=True)
-        return RowBatch(
-            sample=self.sample[index],
-            timesteps=self.timesteps[index],
-            prompt_embeds=self.prompt_embeds[index],
-            added={name: tensor[index] for name, tensor in self.added.items()},
-        )
+_EXACT_ROWS = 8
+"""Up to here every number of rows has its own program; beyond, numbers are rounded up."""
 
 
 @dataclass(frozen=True, slots=True)
-class ControlResiduals:
-    """What ControlNets add to the UNet's skip connections and to its middle block."""
+class StepShape:
+    """What the tensors of a step depend on, and with them its program."""
 
-    down: tuple[torch.Tensor, ...]  # each (R, C, h, w)
-    middle: torch.Tensor  # (R, C, h, w)
+    rows: int
+    width: int
+    height: int
+    token_chunks: int
+    controlnets: tuple[str, ...]
+    """Those that act in this step; each is evaluated for all rows."""
+
+
+def shape_of(states: Sequence[RequestState]) -> StepShape:
+    """The program that these requests need for their next step."""
+    key = states[0].key
+    rows = sum(state.request.rows for state in states)
+    if rows > _EXACT_ROWS:
+        rows += -rows % 4
+    acting = {control.controlnet for state in states if (control := acting_control(state))}
+    return StepShape(rows, key.width, key.height, key.token_chunks, tuple(sorted(acting)))
+
+
+def acting_control(state: RequestState) -> Control | None:
+    """The request's ControlNet, if it acts in the next step."""
+    control = state.request.control
+    if control is None or not control_acts(control, state.step, state.request.steps):
+        return None
+    return control
 
 
 def control_acts(control: Control, step: int, steps: int) -> bool:
     """Whether the ControlNet acts in ``step`` (from 0), by the rule of diffusers' pipeline."""
     return control.start <= step / steps and (step + 1) / steps <= control.end
-
-
-def predict_noise(
-    unet: UNet2DConditionModel,
-    controlnets: Mapping[str, ControlNetModel],
-    states: Sequence[RequestState],
-) -> list[torch.Tensor]:
-    """The guided noise prediction of each request, (1, 4, H/8, W/8) fp32.
-
-    The requests share weights and shapes (see ``BatchKey``). No request is changed.
-    """
-    rows = _gather(unet, states)
-    residuals = _run_controlnets(controlnets, states, rows)
-    noise = unet(
-        rows.sample,
-        rows.timesteps,
-        encoder_hidden_states=rows.prompt_embeds,
-        added_cond_kwargs=rows.added,
-        down_block_additional_residuals=residuals.down if residuals else None,
-        mid_block_additional_residual=residuals.middle if residuals else None,
-        return_dict=False,
-    )[0]
-    per_request = noise.float().split([state.request.rows for state in states])
-    return [
-        _guide(prediction, state.request.cfg)
-        for prediction, state in zip(per_request, states, strict=True)
-    ]
 
 
 def advance(state: RequestState, noise: torch.Tensor) -> None:
@@ -87,31 +76,204 @@ def advance(state: RequestState, noise: torch.Tensor) -> None:
     state.step += 1
 
 
-def _guide(prediction: torch.Tensor, cfg: float) -> torch.Tensor:
-    """Classifier-free guidance, Ho & Salimans 2022; one row alone means none."""
-    if len(prediction) == 1:
-        return prediction
-    unconditional, conditional = prediction.chunk(2)
-    return unconditional + cfg * (conditional - unconditional)
+@dataclass(frozen=True, slots=True)
+class _Guidance:
+    """Classifier-free guidance, Ho & Salimans 2022, for N requests at once.
+
+    A request without guidance has one row, which then is both.
+    """
+
+    unconditional: torch.Tensor  # (N,) row numbers
+    conditional: torch.Tensor  # (N,) row numbers
+    cfg: torch.Tensor  # (N, 1, 1, 1) fp32
+
+    def __call__(self, noise: torch.Tensor) -> torch.Tensor:
+        """(R, 4, h, w) fp32 to (N, 4, h, w)."""
+        unconditional = noise[self.unconditional]
+        return unconditional + self.cfg * (noise[self.conditional] - unconditional)
 
 
-def _gather(unet: UNet2DConditionModel, states: Sequence[RequestState]) -> RowBatch:
-    samples, timesteps = [], []
-    for state in states:
-        timestep = _timestep(state)
-        scaled = state.scheduler.scale_model_input(_latents(state), timestep)
-        samples.append(scaled.expand(state.request.rows, -1, -1, -1))
-        timesteps += [timestep] * state.request.rows
-    ready = [_conditioning(state) for state in states]
-    return RowBatch(
-        sample=torch.cat(samples).to(unet.dtype),
-        timesteps=torch.tensor(timesteps, dtype=torch.float32).to(unet.device, non_blocking=True),
-        prompt_embeds=torch.cat([part.prompt_embeds for part in ready]),
-        added={
-            "text_embeds": torch.cat([part.pooled_embeds for part in ready]),
-            "time_ids": torch.cat([part.time_ids for part in ready]),
-        },
-    )
+@dataclass(slots=True)
+class _Constants:
+    """What stays the same as long as the same requests step together. Device buffers."""
+
+    text: TextConstants
+    control_text: dict[str, TextConstants]
+    features: dict[str, torch.Tensor]  # (R, C, H/8, W/8) by ControlNet
+    guidance: _Guidance
+
+
+class StepProgram:
+    """Evaluates steps of one shape for one model. Its buffers stay where they are, so that it can
+    be recorded as a CUDA graph. Adapters may be merged or unmerged between two runs.
+    """
+
+    def __init__(
+        self,
+        shape: StepShape,
+        unet: UnetNetwork,
+        controls: Mapping[str, ControlNetwork],
+        recorder: Recorder,
+    ) -> None:
+        """``controls``: those that the shape names."""
+        self._shape = shape
+        self._unet = unet
+        self._controls = controls
+        size = (shape.rows, unet.latent_channels, shape.height // 8, shape.width // 8)
+        self._sample = torch.zeros(size, dtype=unet.dtype, device=unet.device).contiguous(
+            memory_format=torch.channels_last
+        )
+        # timesteps, then each ControlNet's strengths, so that one copy brings all
+        self._scalars = torch.zeros(
+            (1 + len(controls), shape.rows), dtype=torch.float32, device=unet.device
+        )
+        self._out = torch.zeros(size, dtype=torch.float32, device=unet.device)
+        self._constants: _Constants | None = None
+        self._owners: tuple[tuple[Adapter, ...], list[Conditioning]] | None = None
+        self._evaluate = ReplayedWork(self._evaluate_once, recorder)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the next run is as fast as it can be."""
+        return self._evaluate.recorded
+
+    def __call__(self, states: Sequence[RequestState]) -> list[torch.Tensor]:
+        """The guided noise prediction of each request, (1, 4, H/8, W/8) fp32.
+
+        The requests share weights and shapes (see ``BatchKey``), and the adapters of their key are
+        merged. No request is changed.
+        """
+        with fastest_attention(self._unet.device):
+            self._load_constants(states)
+            self._load_inputs(states)
+            self._evaluate()
+        # a copy: the next run overwrites the buffer
+        return list(self._out[: len(states)].clone().split(1))
+
+    def _evaluate_once(self) -> None:
+        constants, timesteps = self._constants, self._scalars[0]
+        assert constants is not None
+        residuals: list[ControlResiduals] = []
+        for index, (name, control) in enumerate(self._controls.items()):
+            text, features = constants.control_text[name], constants.features[name]
+            strength = self._scalars[1 + index]
+            residuals.append(control(self._sample, timesteps, text, features, strength))
+        noise = self._unet(self._sample, timesteps, constants.text, add_residuals(residuals))
+        guided = constants.guidance(noise.float())
+        self._out[: len(guided)].copy_(guided)
+
+    def _load_inputs(self, states: Sequence[RequestState]) -> None:
+        samples = []
+        scalars: list[list[float]] = [[] for _ in self._scalars]
+        for state in states:
+            timestep, rows = _timestep(state), state.request.rows
+            scaled = state.scheduler.scale_model_input(_latents(state), timestep)
+            samples.append(scaled.expand(rows, -1, -1, -1))
+            acting = acting_control(state)
+            scalars[0] += [timestep] * rows
+            for row, name in zip(scalars[1:], self._controls, strict=True):
+                acts = acting is not None and acting.controlnet == name
+                row += [acting.strength if acting is not None and acts else 0.0] * rows
+        sample = torch.cat(samples)
+        self._sample[: len(sample)].copy_(sample)
+        numbers = torch.tensor(scalars, dtype=torch.float32)
+        self._scalars[:, : numbers.shape[1]].copy_(numbers, non_blocking=True)
+
+    def _load_constants(self, states: Sequence[RequestState]) -> None:
+        ready = [_conditioning(state) for state in states]
+        adapters = states[0].key.adapters
+        if self._owners is not None:
+            known_adapters, known = self._owners
+            same = len(known) == len(ready) and all(
+                one is other for one, other in zip(known, ready, strict=True)
+            )
+            if same and known_adapters == adapters:
+                return
+        self._owners = None  # until done: an error half-way must not leave a claim behind
+        fresh = self._make_constants(ready, [state.request for state in states])
+        if self._constants is None:
+            self._constants = fresh
+        else:
+            _overwrite(self._constants, fresh)
+        self._owners = (adapters, ready)
+
+    def _make_constants(
+        self, ready: Sequence[Conditioning], requests: Sequence[GenerationRequest]
+    ) -> _Constants:
+        pad = self._shape.rows - sum(request.rows for request in requests)
+        embeds = _padded([part.prompt_embeds for part in ready], pad)
+        pooled = _padded([part.pooled_embeds for part in ready], pad)
+        time_ids = _padded([part.time_ids for part in ready], pad)
+        return _Constants(
+            text=self._unet.text_constants(embeds, pooled, time_ids),
+            control_text={
+                name: control.text_constants(embeds, pooled, time_ids)
+                for name, control in self._controls.items()
+            },
+            features={
+                name: _padded(
+                    [_features(part, request, name, control) for part, request in
+                     zip(ready, requests, strict=True)], pad
+                ).contiguous(memory_format=torch.channels_last)
+                for name, control in self._controls.items()
+            },
+            guidance=self._make_guidance(requests),
+        )  # fmt: skip
+
+    def _make_guidance(self, requests: Sequence[GenerationRequest]) -> _Guidance:
+        first_rows, row = [], 0
+        for request in requests:
+            first_rows.append(row)
+            row += request.rows
+        spare = [0] * (self._shape.rows - len(requests))
+        last_rows = [
+            first + request.rows - 1 for first, request in zip(first_rows, requests, strict=True)
+        ]
+        device = self._unet.device
+        cfg = torch.tensor([request.cfg for request in requests] + [0.0] * len(spare))
+        return _Guidance(
+            torch.tensor(first_rows + spare).to(device),
+            torch.tensor(last_rows + spare).to(device),
+            cfg.to(device, torch.float32)[:, None, None, None],
+        )
+
+
+def _features(
+    part: Conditioning, request: GenerationRequest, name: str, control: ControlNetwork
+) -> torch.Tensor:
+    """(request's rows, C, H/8, W/8): zeros where it has another ControlNet or none."""
+    if request.control is None or request.control.controlnet != name:
+        size = (request.rows, control.channels, request.height // 8, request.width // 8)
+        return torch.zeros(size, dtype=control.dtype, device=control.device)
+    assert part.control_features is not None
+    return part.control_features.expand(request.rows, -1, -1, -1)
+
+
+def _padded(parts: list[torch.Tensor], pad: int) -> torch.Tensor:
+    """The parts behind each other, and ``pad`` empty rows that nobody reads."""
+    if pad:
+        parts = [*parts, parts[0].new_zeros((pad, *parts[0].shape[1:]))]
+    return torch.cat(parts)
+
+
+def _overwrite(old: _Constants, new: _Constants) -> None:
+    """Bring the new values to where the old ones are."""
+    for target, source in zip(_tensors(old), _tensors(new), strict=True):
+        target.copy_(source)
+
+
+def _tensors(constants: _Constants) -> list[torch.Tensor]:
+    texts = [constants.text, *constants.control_text.values()]
+    prompts = [text.prompt for text in texts if isinstance(text.prompt, Prompt)]
+    guidance = constants.guidance
+    return [
+        *(prompt.keys_values for prompt in prompts),
+        *(text.added for text in texts),
+        *constants.features.values(),
+        guidance.unconditional,
+        guidance.conditional,
+        guidance.cfg,
+    ]
 
 
 def _timestep(state: RequestState) -> float:
@@ -128,73 +290,3 @@ def _latents(state: RequestState) -> torch.Tensor:
 def _conditioning(state: RequestState) -> Conditioning:
     assert state.conditioning is not None, "prepare() comes before the first step"
     return state.conditioning
-
-
-def _run_controlnets(
-    controlnets: Mapping[str, ControlNetModel], states: Sequence[RequestState], rows: RowBatch
-) -> ControlResiduals | None:
-    """Each ControlNet sees only the rows in which it acts in this step; None where none does."""
-    acting: defaultdict[str, list[tuple[int, RequestState]]] = defaultdict(list)
-    first_row = 0
-    for state in states:
-        control = state.request.control
-        if control is not None and control_acts(control, state.step, state.request.steps):
-            acting[control.controlnet].append((first_row, state))
-        first_row += state.request.rows
-    parts = [
-        (_row_numbers(some), _run_controlnet(controlnets[name], some, rows))
-        for name, some in acting.items()
-    ]
-    return _combine(parts, row_count=first_row) if parts else None
-
-
-def _row_numbers(acting: Sequence[tuple[int, RequestState]]) -> list[int]:
-    return [first + row for first, state in acting for row in range(state.request.rows)]
-
-
-def _run_controlnet(
-    controlnet: ControlNetModel, acting: Sequence[tuple[int, RequestState]], rows: RowBatch
-) -> ControlResiduals:
-    chosen = rows.select(_row_numbers(acting))
-    images: list[torch.Tensor] = []
-    strengths: list[float] = []
-    for _, state in acting:
-        image, control = _conditioning(state).control_image, state.request.control
-        assert image is not None and control is not None
-        images.append(image.expand(state.request.rows, -1, -1, -1))
-        strengths += [control.strength] * state.request.rows
-    down, middle = controlnet(
-        chosen.sample,
-        chosen.timesteps,
-        encoder_hidden_states=chosen.prompt_embeds,
-        controlnet_cond=torch.cat(images),
-        added_cond_kwargs=chosen.added,
-        return_dict=False,
-    )
-    strength = torch.tensor(strengths, dtype=middle.dtype, device="cpu").to(
-        middle.device, non_blocking=True
-    )[:, None, None, None]
-    return ControlResiduals(tuple(part * strength for part in down), middle * strength)
-
-
-def _combine(
-    parts: Sequence[tuple[list[int], ControlResiduals]], row_count: int
-) -> ControlResiduals:
-    """Rows without a ControlNet get zeros, which leave the UNet's own values as they are."""
-    if len(parts) == 1 and len(parts[0][0]) == row_count:
-        return parts[0][1]
-
-    device = parts[0][1].middle.device
-    indices = [torch.tensor(rows).to(device, non_blocking=True) for rows, _ in parts]
-
-    def spread(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        whole = tensors[0].new_zeros(row_count, *tensors[0].shape[1:])
-        for index, tensor in zip(indices, tensors, strict=True):
-            whole[index] = tensor
-        return whole
-
-    down = zip(*(residuals.down for _, residuals in parts), strict=True)
-    return ControlResiduals(
-        down=tuple(spread(level) for level in down),
-        middle=spread([residuals.middle for _, residuals in parts]),
-    )

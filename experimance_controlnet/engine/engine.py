@@ -30,7 +30,7 @@ from experimance_controlnet.engine.request import (
     ProgressListener,
     RequestState,
 )
-from experimance_controlnet.engine.runner import GpuMemory, Runner
+from experimance_controlnet.engine.runner import GpuMemory, PendingFrame, Runner
 from experimance_controlnet.engine.tickets import Ledger, Ticket
 from experimance_controlnet.errors import (
     DeadlineExceededError,
@@ -97,6 +97,7 @@ class Engine:
         # The engine's thread only.
         self._batcher = Batcher(max_rows)
         self._tickets: dict[RequestState, Ticket] = {}
+        self._frames: dict[RequestState, PendingFrame] = {}  # being decoded, oldest first
         self._waiting: dict[Ticket, None] = {}  # for a load, in order of acceptance
         self._loads = Loads(runner, self._inbox.put, self._models_in_use)
         self._stopping = False
@@ -231,17 +232,19 @@ class Engine:
             self._die(_in_short(error))
 
     def _heartbeat(self) -> None:
-        """Do what others asked for, choose a batch, let it take one step."""
+        """Do what others asked for, choose a batch, let it take one step, hand out what is done."""
         self._drain_inbox()
         self._expire()
         batch = self._batcher.next_batch()
         if batch:
             self._step(batch)
+        self._deliver_frames(wait=not batch)
 
     def _drain_inbox(self) -> None:
         self._heartbeat_s = self._clock()
+        busy = len(self._batcher) or self._frames or self._runner.warm_up()
         try:
-            self._inbox.get(timeout=0 if len(self._batcher) else IDLE_BEAT_S)()
+            self._inbox.get(timeout=0 if busy else IDLE_BEAT_S)()
             while True:
                 self._inbox.get_nowait()()
         except queue.Empty:
@@ -286,12 +289,24 @@ class Engine:
         if ticket.on_progress is not None:
             ticket.on_progress(Progress(state.step, state.request.steps))
         if state.finished:
-            state.timer.denoised_s = self._clock()
-            self._deliver(state, ticket)
+            self._frames[state] = self._runner.decode(state)
+            self._batcher.remove(state)
 
-    def _deliver(self, state: RequestState, ticket: Ticket) -> None:
-        pixels = self._runner.decode(state)
+    def _deliver_frames(self, wait: bool) -> None:
+        """Hand out the frames that are ready, in order; with nothing else to do, wait for one."""
+        for state, frame in tuple(self._frames.items()):
+            if not wait and not frame.ready():
+                return
+            self._attempt(state, self._deliver, state, frame)
+            wait = False
+
+    def _deliver(self, state: RequestState, frame: PendingFrame) -> None:
+        pixels, notes = frame.result()
+        state.notes += notes
         state.timer.decoded_s = self._clock()
+        # The host is ahead of the device; when denoising really ended, only the device knows.
+        state.timer.denoised_s = state.timer.decoded_s - frame.decode_s
+        ticket = self._tickets[state]
         result = state.result(pixels)
         self._forget(ticket)
         self._ledger.finish(ticket, result)
@@ -382,7 +397,8 @@ class Engine:
         self._waiting.pop(ticket, None)
         for state in [state for state, owner in self._tickets.items() if owner is ticket]:
             del self._tickets[state]
-            self._batcher.remove(state)
+            if self._frames.pop(state, None) is None:
+                self._batcher.remove(state)
 
     def _stop(self) -> None:
         self._stopping = True

@@ -22,12 +22,32 @@ from experimance_controlnet.engine.request import (
     PixelImage,
     RequestState,
 )
-from experimance_controlnet.engine.runner import GpuMemory
+from experimance_controlnet.engine.runner import GpuMemory, PendingFrame
 from experimance_controlnet.engine.schedulers import make_scheduler
 
 
+class FakeFrame:
+    """A flat picture."""
+
+    decode_s = 0.0
+
+    def __init__(self, request: GenerationRequest, ready_s: float) -> None:
+        """Ready when ``time.monotonic()`` is ``ready_s``."""
+        self._request = request
+        self._ready_s = ready_s
+
+    def ready(self) -> bool:
+        return time.monotonic() >= self._ready_s
+
+    def result(self) -> tuple[PixelImage, list[str]]:
+        time.sleep(max(0.0, self._ready_s - time.monotonic()))
+        colour = np.array([self._request.seed % 251 + 1, 128, 64], dtype=np.uint8)
+        size = (self._request.height, self._request.width, 3)
+        return np.broadcast_to(colour, size).copy(), []
+
+
 class FakeRunner:
-    """Takes ``step_s`` seconds a step and ``load_s`` a model.
+    """Takes ``step_s`` seconds a step and ``load_s`` a model; a frame is ready after ``frame_s``.
 
     ``fault(operation, requests)`` is called before each of ``make_room`` and ``load`` (without
     requests), ``admit``, ``prepare``, ``predict``, ``advance`` and ``decode``: raise in it to make
@@ -41,10 +61,12 @@ class FakeRunner:
         *,
         step_s: float = 0.0,
         load_s: float = 0.0,
+        frame_s: float = 0.0,
         fault: Callable[[str, list[GenerationRequest]], None] = lambda operation, requests: None,
     ) -> None:
         self._step_s = step_s
         self._load_s = load_s
+        self._frame_s = frame_s
         self._fault = fault
         self._models: list[str] = []
         self.batches: list[list[str]] = []
@@ -104,10 +126,12 @@ class FakeRunner:
         self._fault("advance", [state.request])
         state.step += 1
 
-    def decode(self, state: RequestState) -> PixelImage:
+    def decode(self, state: RequestState) -> PendingFrame:
         self._fault("decode", [state.request])
-        colour = np.array([state.request.seed % 251 + 1, 128, 64], dtype=np.uint8)
-        return np.broadcast_to(colour, (state.request.height, state.request.width, 3)).copy()
+        return FakeFrame(state.request, time.monotonic() + self._frame_s)
+
+    def warm_up(self) -> bool:
+        return False
 
     def release_memory(self) -> None:
         pass

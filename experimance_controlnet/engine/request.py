@@ -136,7 +136,8 @@ class Conditioning:
     prompt_embeds: torch.Tensor  # (R, T, D) model dtype, on the device
     pooled_embeds: torch.Tensor  # (R, P) model dtype, on the device
     time_ids: torch.Tensor  # (R, 6) model dtype, on the device
-    control_image: torch.Tensor | None  # (1, 3, height, width) 0..1; None without a depth map
+    control_features: torch.Tensor | None
+    """(1, C, height/8, width/8): the depth map, embedded by its ControlNet; None without one."""
     prompt_tokens: int
     negative_prompt_tokens: int
 

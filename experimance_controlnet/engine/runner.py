@@ -27,6 +27,24 @@ class GpuMemory:
     total_bytes: int
 
 
+class PendingFrame(Protocol):
+    """An image that the device may still be working on."""
+
+    def ready(self) -> bool:
+        """Whether :meth:`result` would not wait."""
+
+    @property
+    def decode_s(self) -> float:
+        """What decoding took on the device; call it after :meth:`result`."""
+
+    def result(self) -> tuple[PixelImage, list[str]]:
+        """Wait for the pixels; also says what had to be done differently for them.
+
+        Raises:
+            NanOutputError: no usable frame in full precision either.
+        """
+
+
 class Runner(Protocol):
     """Owns the device, the models on it and all tensors."""
 
@@ -82,16 +100,20 @@ class Runner(Protocol):
         """Make what the first step needs: embeddings, control image, noise."""
 
     def predict(self, states: Sequence[RequestState]) -> Sequence[Any]:
-        """Evaluate the network once for all; one prediction a request. Changes no state."""
+        """Evaluate the network once for all; one prediction a request. Changes no state.
+
+        May return while the device is still at it, but never more than one step ahead of it.
+        """
 
     def advance(self, state: RequestState, prediction: Any) -> None:
         """Let the request's own scheduler take the step that the prediction is for."""
 
-    def decode(self, state: RequestState) -> PixelImage:
-        """Latents to pixels.
+    def decode(self, state: RequestState) -> PendingFrame:
+        """Begin to make pixels of the latents; others may step meanwhile."""
 
-        Raises:
-            NanOutputError: no usable frame in full precision either.
+    def warm_up(self) -> bool:
+        """Do one piece of preparation that can wait; the engine asks when it has nothing else to
+        do. False where nothing is left to prepare.
         """
 
     def release_memory(self) -> None:

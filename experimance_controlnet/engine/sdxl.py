@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.controlnets.controlnet import ControlNetModel
 
 from experimance_controlnet.catalog.specs import Catalog, ModelSpec, Source
 from experimance_controlnet.catalog.store import ModelStore
-from experimance_controlnet.engine import denoise, vae
+from experimance_controlnet.engine import denoise
 from experimance_controlnet.engine.checkpoint import SdxlModules, load_checkpoint, load_controlnet
 from experimance_controlnet.engine.conditioning import PromptEncoder, depth_to_control
+from experimance_controlnet.engine.denoise import StepProgram, StepShape, shape_of
+from experimance_controlnet.engine.graphs import ProgramCache, Recorder
 from experimance_controlnet.engine.lora import (
     COMPONENTS,
     AdapterMerger,
     LoraFactors,
     load_lora,
 )
+from experimance_controlnet.engine.network.decoder import VaeDecoder
+from experimance_controlnet.engine.network.unet import ControlNetwork, UnetNetwork
 from experimance_controlnet.engine.request import (
     Adapter,
     Asset,
@@ -28,7 +31,6 @@ from experimance_controlnet.engine.request import (
     Conditioning,
     GenerationRequest,
     PhaseTimer,
-    PixelImage,
     RequestState,
 )
 from experimance_controlnet.engine.residency import (
@@ -36,9 +38,14 @@ from experimance_controlnet.engine.residency import (
     ResidentModels,
     free_memory_bytes,
 )
-from experimance_controlnet.engine.runner import GpuMemory
+from experimance_controlnet.engine.runner import GpuMemory, PendingFrame
 from experimance_controlnet.engine.schedulers import make_scheduler, scheduler_config
+from experimance_controlnet.engine.vae import ImageDecoder
 from experimance_controlnet.errors import ModelFileError, SettingsError
+
+
+_STEP_SHAPES = 24
+"""Shapes of a step for which a model keeps a program: 8 numbers of rows at three sizes."""
 
 
 @dataclass(slots=True)
@@ -47,10 +54,35 @@ class LoadedModel:
 
     spec: ModelSpec
     modules: SdxlModules
+    unet: UnetNetwork
+    decoder: ImageDecoder
     prompts: PromptEncoder
     mergers: dict[str, AdapterMerger]
     adapters: dict[str, LoraFactors] = field(default_factory=dict)
     """Read against these modules, by name."""
+    programs: ProgramCache[StepShape, StepProgram] = field(
+        default_factory=lambda: ProgramCache(_STEP_SHAPES)
+    )
+
+
+class _Pace:
+    """Keeps the host one step ahead of the device, and no further: enough that the device never
+    waits, little enough that a new request joins at the next step but one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._step_before: torch.cuda.Event | None = None
+
+    def step_launched(self) -> None:
+        """Wait for the step before this one."""
+        if not self._on_cuda:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        if self._step_before is not None:
+            self._step_before.synchronize()
+        self._step_before = event
 
 
 def choose_device(wish: str) -> torch.device:
@@ -82,7 +114,9 @@ class SdxlRunner:
         self._models: ResidentModels[LoadedModel] = ResidentModels(
             free_bytes=lambda: free_memory_bytes(self._device), release=self.release_memory
         )
-        self._controlnets: dict[str, ControlNetModel] = {}
+        self._controlnets: dict[str, ControlNetwork] = {}
+        self._recorder = Recorder(self._device)
+        self._pace = _Pace(self._device)
 
     @property
     def device_name(self) -> str:
@@ -133,7 +167,7 @@ class SdxlRunner:
             case "model":
                 return self._load_model(self._catalog.models[asset.name], path)
             case "controlnet":
-                return load_controlnet(path, self._device, self._dtype)
+                return ControlNetwork(load_controlnet(path, self._device, self._dtype))
             case "lora":
                 modules = self._models.peek(asset.model).modules
                 return load_lora(asset.name, path, modules, self._device)
@@ -144,6 +178,8 @@ class SdxlRunner:
         return LoadedModel(
             spec=spec,
             modules=modules,
+            unet=UnetNetwork(modules.unet),
+            decoder=ImageDecoder(modules.vae, VaeDecoder(modules.vae), self._recorder),
             prompts=PromptEncoder(modules, self._device),
             mergers={name: AdapterMerger(name, getattr(modules, name)) for name in COMPONENTS},
         )
@@ -204,7 +240,7 @@ class SdxlRunner:
         model = self._models.use(request.model)
         # drawn on the CPU: a seed gives the same noise on every device and in every batch
         noise = torch.randn(
-            (1, model.modules.unet.config["in_channels"], request.height // 8, request.width // 8),
+            (1, model.unet.latent_channels, request.height // 8, request.width // 8),
             generator=state.generator,
             dtype=torch.float32,
         )
@@ -232,16 +268,17 @@ class SdxlRunner:
             prompt_embeds=embeds.to(self._dtype),
             pooled_embeds=pooled.to(self._dtype),
             time_ids=time_ids.to(self._device),
-            control_image=self._control_image(request),
+            control_features=self._control_features(request),
             prompt_tokens=model.prompts.count_tokens(request.prompt)[0],
             negative_prompt_tokens=model.prompts.count_tokens(request.negative_prompt or "")[0],
         )
 
-    def _control_image(self, request: GenerationRequest) -> torch.Tensor | None:
+    def _control_features(self, request: GenerationRequest) -> torch.Tensor | None:
         if request.control is None:
             return None
         depth, size = request.control.depth, (request.height, request.width)
-        return depth_to_control(depth, *size, self._device, self._dtype)
+        image = depth_to_control(depth, *size, self._device, self._dtype)
+        return self._controlnets[request.control.controlnet].features(image)
 
     def _merge(
         self, model: LoadedModel, adapters: Sequence[Adapter], components: Sequence[str]
@@ -257,19 +294,28 @@ class SdxlRunner:
         key = states[0].key
         model = self._models.use(key.model)
         self._merge(model, key.adapters, ("unet",))
-        return denoise.predict_noise(model.modules.unet, self._controlnets, states)
+        shape = shape_of(states)
+        program = model.programs.get(shape, lambda: self._program(model, shape))
+        predictions = program(states)
+        self._pace.step_launched()
+        return predictions
+
+    def _program(self, model: LoadedModel, shape: StepShape) -> StepProgram:
+        controls = {name: self._controlnets[name] for name in shape.controlnets}
+        return StepProgram(shape, model.unet, controls, self._recorder)
 
     @torch.inference_mode()
     def advance(self, state: RequestState, prediction: torch.Tensor) -> None:
         denoise.advance(state, prediction)
 
     @torch.inference_mode()
-    def decode(self, state: RequestState) -> PixelImage:
+    def decode(self, state: RequestState) -> PendingFrame:
         assert state.latents is not None, "decode() comes after the last step"
         model = self._models.use(state.request.model)
-        pixels, notes = vae.decode(model.modules.vae, state.latents)
-        state.notes += notes
-        return pixels
+        return model.decoder.decode(state.latents)
+
+    def warm_up(self) -> bool:
+        return False
 
     def release_memory(self) -> None:
         if self._device.type == "cuda":

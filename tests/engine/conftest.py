@@ -99,7 +99,7 @@ def draw(runner: SdxlRunner, *requests: GenerationRequest) -> list[PixelImage]:
         runner.prepare(state)
     while running := [state for state in states if not state.finished]:
         step(runner, [state for state in running if state.key == running[0].key])
-    return [runner.decode(state) for state in states]
+    return [runner.decode(state).result()[0] for state in states]
 
 
 def step(runner: SdxlRunner, states: list[RequestState]) -> None:

@@ -1,0 +1,96 @@
+"""CUDA graphs: a sequence of kernels recorded once and launched as one.
+
+A step of SDXL is about a thousand kernels; launched one by one from Python they keep the device
+waiting. Graphs hold addresses, so what they read and write are buffers that stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+import torch
+
+Work = Callable[[], None]
+"""Reads and writes only buffers that stay where they are; leaves no other tensor behind."""
+
+ProgramT = TypeVar("ProgramT")
+KeyT = TypeVar("KeyT", bound=Hashable)
+
+
+class Recorder:
+    """Records work for one device. The engine's thread only."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # One pool for all graphs: they run one after the other and keep nothing in it between.
+        self._pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
+
+    def record(self, work: Work) -> Work:
+        """The same work, faster: a graph on CUDA, itself elsewhere.
+
+        ``work`` must have run before: what is compiled or tuned at a first run cannot be recorded.
+        """
+        if self._stream is None:
+            return work
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.stream(self._stream):
+            # thread_local: a model that another thread loads meanwhile may allocate
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        replay: Work = graph.replay
+        return replay
+
+
+class ReplayedWork:
+    """Runs as it is the first time, recorded from the second time on."""
+
+    def __init__(self, work: Work, recorder: Recorder) -> None:
+        self._work = work
+        self._recorder = recorder
+        self._runs = 0
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the next run is as fast as it can be."""
+        return self._runs >= 2
+
+    def __call__(self) -> None:
+        if self._runs == 1:
+            self._work = self._recorder.record(self._work)
+        self._runs = min(2, self._runs + 1)
+        self._work()
+
+
+class ProgramCache(Generic[KeyT, ProgramT]):
+    """Programs by what they are made for; the least recently used leave."""
+
+    def __init__(self, capacity: int) -> None:
+        """``capacity`` bounds the memory that graphs and their buffers take."""
+        self._capacity = capacity
+        self._programs: OrderedDict[KeyT, ProgramT] = OrderedDict()
+
+    def get(self, key: KeyT, make: Callable[[], ProgramT]) -> ProgramT:
+        """The program for the key, made where there is none."""
+        if key not in self._programs:
+            while len(self._programs) >= self._capacity:
+                self._programs.popitem(last=False)
+            self._programs[key] = make()
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def __contains__(self, key: KeyT) -> bool:
+        return key in self._programs
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def clear(self) -> None:
+        """Give all memory back; programs are made again when they are needed."""
+        self._programs.clear()
