@@ -21,11 +21,12 @@ from typing import ParamSpec, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from experimance_controlnet.data_types import ImageFormat
 from experimance_controlnet.engine.request import DepthImage, PixelImage
 from experimance_controlnet.errors import BadDepthMapError
+from experimance_controlnet.server.png import encode_png
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -126,15 +127,11 @@ def encode_image(
     pixels: PixelImage, image_format: ImageFormat, quality: int, metadata_json: str
 ) -> bytes:
     """A file of the format with the metadata (ASCII JSON) inside: PNG text or EXIF UserComment."""
-    image, file = Image.fromarray(pixels), io.BytesIO()
     if image_format == "png":
-        text = PngImagePlugin.PngInfo()
-        text.add_itxt(METADATA_KEY, metadata_json)
-        # level 1: a third of the time of the default for a few per cent of the size
-        image.save(file, "PNG", pnginfo=text, compress_level=1)
-        return file.getvalue()
-    exif = Image.Exif()
+        return encode_png(pixels, METADATA_KEY, metadata_json)
+    exif, file = Image.Exif(), io.BytesIO()
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"ASCII\0\0\0" + metadata_json.encode("ascii")
+    image = Image.fromarray(pixels)
     image.save(file, image_format.upper(), quality=quality, exif=exif.tobytes())
     return file.getvalue()
 
