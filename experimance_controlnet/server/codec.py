@@ -7,7 +7,6 @@ the event loop.
 from __future__ import annotations
 
 import asyncio
-import binascii
 import hashlib
 import io
 import os
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast
 
 import numpy as np
+import pybase64
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -140,7 +140,7 @@ def _from_base64(text: str) -> bytes:
     prefix = _DATA_URL.match(text)
     payload = text[prefix.end() :] if prefix else text
     try:
-        return binascii.a2b_base64(payload.translate(_LINE_BREAKS), strict_mode=True)
+        return pybase64.b64decode(payload.translate(_LINE_BREAKS), validate=True)
     except ValueError as error:  # binascii.Error is one
         raise BadDepthMapError(FIELD, "It must be base64 or a data URL in base64.") from error
 
