@@ -42,6 +42,8 @@ MEDIA_TYPES: dict[ImageFormat, str] = {
     "jpeg": "image/jpeg",
     "webp": "image/webp",
 }
+CODEC_THREADS = min(4, os.cpu_count() or 1)
+"""Few, so that memory stays bounded."""
 METADATA_KEY = "generation"
 """Name of the PNG text chunk."""
 
@@ -79,11 +81,10 @@ class DepthMap:
 
 
 class CodecPool:
-    """The threads that images are read and written on; few, so that memory stays bounded."""
+    """The threads that images are read and written on; the engine never waits for them."""
 
     def __init__(self) -> None:
-        threads = min(4, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="codec")
+        self._pool = ThreadPoolExecutor(CODEC_THREADS, thread_name_prefix="codec")
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of ``work``; the event loop goes on meanwhile."""
