@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -67,9 +68,8 @@ def pillow(level: int | None) -> Encode:
     return encode
 
 
-def opencv() -> Encode:
+def opencv(cv2: ModuleType) -> Encode:
     """At level 1; it writes no text chunks."""
-    cv2 = importlib.import_module("cv2")
     level = [cv2.IMWRITE_PNG_COMPRESSION, 1]
 
     def encode(pixels: PixelImage) -> bytes:
@@ -87,7 +87,8 @@ def encoders() -> dict[str, Encode]:
         "pillow, default": pillow(None),
     }
     if importlib.util.find_spec("cv2") is not None:
-        found["opencv, level 1"] = opencv()
+        cv2 = importlib.import_module("cv2")
+        found[f"opencv {cv2.__version__}, level 1"] = opencv(cv2)
     return found
 
 

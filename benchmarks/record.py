@@ -18,6 +18,8 @@ from rich.table import Table
 
 from experimance_controlnet import __version__
 
+_LOAD_AT_START = os.getloadavg()[0]
+"""Processes that wanted to run in the minute before; with as many as cores, times are too long."""
 _PACKAGES = ("fastapi", "isal", "numpy", "pillow", "pybase64", "pydantic", "uvicorn")
 
 
@@ -58,6 +60,7 @@ def _circumstances(benchmark: str) -> dict[str, Any]:
         "machine": {
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
+            "load_before": round(_LOAD_AT_START, 2),
             "system": f"{platform.system()} {platform.machine()}",
         },
     }
