@@ -19,7 +19,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         # create_server adds the address in words of its own
         reason = (error.strerror or str(error)).partition(" (while")[0]
@@ -28,6 +28,11 @@ def open_socket(host: str, port: int) -> socket.socket:
         raise SettingsError(
             f"MODEL_SERVER_{names}: cannot listen on {host} port {port}: {reason}"
         ) from error
+    # Inherited by each connection. asyncio would set it, but not on one whose protocol number is 0,
+    # as create_server's is; without it the end of an answer waits 40 ms for the client's
+    # delayed acknowledgement of its beginning.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def url_of(listener: socket.socket) -> str:

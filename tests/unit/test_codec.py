@@ -133,6 +133,7 @@ def test_spellings_of_base64(wrap: Any) -> None:
         lambda text: text + "!",
         lambda text: " " + text,
         lambda text: "=" + text,
+        lambda text: text + "=",
         lambda text: text + "AAAA=" + text,
         lambda text: text[:-5],
         lambda text: text.replace("A", "é", 1),
