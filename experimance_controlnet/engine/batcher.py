@@ -1,28 +1,58 @@
-"""Who runs next, and with whom. No torch, no clock: a pure data structure.
+"""Who runs next, and with whom. No torch and no clock: all it knows of time is when each request
+was accepted and what :class:`StepCosts` says that work takes.
 
-The policy in one sentence: **the oldest request chooses the weights and the size; whoever can share
-its batch rides along.** It follows that
+The policy in one sentence: **the request with the least work left goes first, and takes along as
+many of its kind as make a step cheaper.** Every step anew, so a short request overtakes a long one
+at the next step boundary; the long one loses nothing but time, since all its state is its own.
 
-* nothing starves: a request waits for at most the requests accepted before it;
-* adapters and models are switched only when the oldest request ends, since until then it stays
-  the oldest;
-* a new arrival of the same kind joins at the next step, whatever step the others are at.
+What "least" compares is a score in seconds, the lowest first:
+
+    remaining work  +  switch x requests waiting  +  AGEING x moment of acceptance
+
+* *Remaining work*: the steps left, each at the cost of the request's own rows, and the decode.
+* *Switch*: what it takes to bring its adapters and model to life, nothing where they are. A switch
+  delays everybody who waits, so it is charged once for each of them: the longer the queue, the
+  longer the weights that are live stay.
+* *Ageing*: of two requests, the one accepted t seconds earlier may have up to ``AGEING`` x t
+  seconds more work and still goes first. Only differences of waiting matter, so no clock is needed.
+
+**Nothing starves.** Call the lowest-scored request of a step its leader. Let x wait, R be its work,
+S the dearest switch, n the most requests that ever wait at once. Then x scores at most
+R + n S + AGEING x accepted(x), and any other request y at least AGEING x accepted(y), as work and
+switches are never negative. So a y that was accepted more than
+
+    (R + n S) / AGEING
+
+seconds after x never leads while x waits. The others that may lead are finite in number, since the
+queue is bounded, and each step brings its leader one step nearer to its end, after which it leads
+no more. Hence x takes its next step after at most as many steps as those others have left, however
+many newcomers there are and whatever is learnt about costs in the meantime.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from experimance_controlnet.engine.request import RequestState
+from experimance_controlnet.engine.costs import StepCosts
+from experimance_controlnet.engine.meter import LiveWeights
+from experimance_controlnet.engine.request import BatchKey, RequestState
+
+AGEING = 0.3
+"""Seconds of work that a second of waiting outweighs. 0 is pure least-work-first, which makes long
+requests wait for every short one; large values are first come, first served. Chosen with
+``benchmarks/batching.py``: less makes the slowest images (base) slower, more makes the mean worse.
+"""
 
 
 class Batcher:
-    """The admitted requests that still have steps to do, in order of acceptance."""
+    """The admitted requests that still have steps to do."""
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, costs: StepCosts) -> None:
         """``max_rows``: UNet rows a batch may have. One request alone may always run."""
         self._max_rows = max_rows
-        self._states: list[RequestState] = []
+        self._costs = costs
+        self._live = LiveWeights()
+        self._states: list[RequestState] = []  # in order of admission
 
     def __len__(self) -> int:
         return len(self._states)
@@ -31,7 +61,7 @@ class Batcher:
         return iter(tuple(self._states))
 
     def add(self, state: RequestState) -> None:
-        """Take a request in, behind all others."""
+        """Take a request in."""
         self._states.append(state)
 
     def remove(self, state: RequestState) -> None:
@@ -39,14 +69,41 @@ class Batcher:
         self._states.remove(state)
 
     def next_batch(self) -> list[RequestState]:
-        """The requests that take the next step together, oldest first; empty where none waits."""
+        """The requests that take the next step together, in order of admission; empty where none
+        waits. Whoever asks runs them: their weights count as live from now on.
+        """
         if not self._states:
             return []
-        oldest = self._states[0]
-        batch = [oldest]
-        free_rows = self._max_rows - oldest.request.rows
-        for state in self._states[1:]:
-            if state.key == oldest.key and state.request.rows <= free_rows:
-                batch.append(state)
-                free_rows -= state.request.rows
+        switch_s = {key: self._switch_s(key) for key in {state.key for state in self._states}}
+        scores = {
+            state: self._remaining_s(state)
+            + switch_s[state.key] * len(self._states)
+            + AGEING * state.timer.accepted_s
+            for state in self._states
+        }
+        leader = min(scores, key=scores.__getitem__)
+        kind = [state for state in self._states if state.key == leader.key]
+        self._live.run(leader.key)
+        batch = self._fill(sorted(kind, key=scores.__getitem__))
+        return [state for state in kind if state in batch]
+
+    def _fill(self, candidates: list[RequestState]) -> set[RequestState]:
+        """The first, and others of its kind until the knee is reached; ``max_rows`` at most."""
+        leader, *others = candidates
+        width, height = leader.key.width, leader.key.height
+        knee_rows = self._costs.knee_rows(width, height, self._max_rows)
+        batch, rows = {leader}, leader.request.rows
+        for state in others:
+            if rows < knee_rows and rows + state.request.rows <= self._max_rows:
+                batch.add(state)
+                rows += state.request.rows
         return batch
+
+    def _remaining_s(self, state: RequestState) -> float:
+        request = state.request
+        size = (request.width, request.height)
+        step_s = self._costs.step_s(*size, request.rows)
+        return (request.steps - state.step) * step_s + self._costs.decode_s(*size)
+
+    def _switch_s(self, key: BatchKey) -> float:
+        return sum(self._costs.switch_s(kind) for kind in self._live.switches_to(key))

@@ -21,8 +21,10 @@ from typing import Any
 import structlog
 
 from experimance_controlnet.engine.batcher import Batcher
+from experimance_controlnet.engine.costs import StepCosts
 from experimance_controlnet.engine.faults import as_worker_error, is_fatal, is_out_of_memory
 from experimance_controlnet.engine.loading import Loads, LoadTotal
+from experimance_controlnet.engine.meter import StepMeter
 from experimance_controlnet.engine.request import (
     Asset,
     GenerationRequest,
@@ -95,7 +97,9 @@ class Engine:
         self._promises: set[Future[None]] = set()
 
         # The engine's thread only.
-        self._batcher = Batcher(max_rows)
+        costs = StepCosts()
+        self._batcher = Batcher(max_rows, costs)
+        self._meter = StepMeter(costs, clock)
         self._tickets: dict[RequestState, Ticket] = {}
         self._frames: dict[RequestState, PendingFrame] = {}  # being decoded, oldest first
         self._waiting: dict[Ticket, None] = {}  # for a load, in order of acceptance
@@ -265,7 +269,7 @@ class Engine:
         """One evaluation for all. Where it fails, one for each: only the culprit ends."""
         if len(states) > 1:
             try:
-                return list(zip(states, self._runner.predict(states), strict=True))
+                return list(zip(states, self._evaluate(states), strict=True))
             except Exception as error:
                 if is_fatal(error):
                     raise
@@ -280,8 +284,14 @@ class Engine:
     def _predict_alone(
         self, state: RequestState, predictions: list[tuple[RequestState, Any]]
     ) -> None:
-        [prediction] = self._runner.predict([state])
+        [prediction] = self._evaluate([state])
         predictions.append((state, prediction))
+
+    def _evaluate(self, states: list[RequestState]) -> Sequence[Any]:
+        self._meter.begin(states)
+        predictions = self._runner.predict(states)
+        self._meter.end()
+        return predictions
 
     def _finish_step(self, state: RequestState, prediction: Any) -> None:
         self._runner.advance(state, prediction)

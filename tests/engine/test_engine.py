@@ -102,6 +102,29 @@ def test_requests_share_batches_and_join_late(start: StartEngine) -> None:
     assert runner.batches.count(["first", "second"]) == 2
 
 
+def test_a_short_request_overtakes_a_long_one(start: StartEngine) -> None:
+    engine = start(FakeRunner(step_s=0.02))
+    for model in ("lightning", "base"):
+        engine.load(model).result(WAIT_S)
+    [long] = engine.submit([request("long", model="base", steps=50)])
+    time.sleep(0.1)
+    [short] = engine.submit([request("short")])
+    short.future.result(WAIT_S)
+    assert not long.future.done()
+    assert outcomes([long]) == [None]
+
+
+def test_batches_widen_as_long_as_the_measured_cost_a_row_falls(start: StartEngine) -> None:
+    runner = FakeRunner(step_s=0.01)  # however many rows: a device that is never full
+    engine = start(runner, max_rows=8)
+    engine.load("lightning").result(WAIT_S)
+    tickets = engine.submit([request(str(number), steps=12) for number in range(8)])
+    assert outcomes(tickets) == [None] * 8
+    widths = [len(batch) for batch in runner.batches]
+    assert widths[0] == 1
+    assert max(widths) == 4  # MAX_BATCH_ROWS is 8, and guidance brings two rows
+
+
 def test_progress_is_told_for_every_step(start: StartEngine) -> None:
     seen: list[Progress] = []
     [ticket] = start(FakeRunner()).submit([request(steps=5)], on_progress=seen.append)
@@ -113,8 +136,9 @@ def test_progress_is_told_for_every_step(start: StartEngine) -> None:
 def test_only_the_culprit_of_a_batch_fails(start: StartEngine, operation: str) -> None:
     runner = FakeRunner(step_s=0.01, load_s=0.2, fault=fail_on(operation, "bad", ValueError("x")))
     engine = start(runner)
-    tickets = engine.submit([request(name) for name in ("a", "bad", "b", "c")])
+    tickets = engine.submit([request(name, cfg=1.0) for name in ("a", "bad", "b", "c")])
     assert outcomes(tickets) == [None, GenerationError, None, None]
+    assert operation == "prepare" or ["a", "bad"] in runner.batches
     assert engine.health().alive
     assert outcomes(engine.submit([request("next")])) == [None]
 
@@ -132,8 +156,10 @@ def test_out_of_memory_splits_the_batch(start: StartEngine) -> None:
         if operation == "predict" and len(requests) > 1:
             raise MemoryError
 
-    engine = start(FakeRunner(load_s=0.2, fault=fault))
-    assert outcomes(engine.submit([request("a"), request("b")])) == [None, None]
+    runner = FakeRunner(load_s=0.2, fault=fault)
+    tickets = start(runner).submit([request("a", cfg=1.0), request("b", cfg=1.0)])
+    assert outcomes(tickets) == [None, None]
+    assert ["a", "b"] in runner.batches
 
 
 def test_out_of_memory_of_one_alone(start: StartEngine) -> None:
@@ -147,7 +173,8 @@ def test_a_lost_device_ends_the_engine(start: StartEngine) -> None:
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     runner = FakeRunner(load_s=0.2, fault=fail_on("predict", "bad", error))
     engine = start(runner, on_death=died.set)
-    tickets = engine.submit([request("a"), request("bad"), request("b", model="base")])
+    together = [request("a", cfg=1.0), request("bad", cfg=1.0)]
+    tickets = engine.submit([*together, request("b", model="base")])
     assert outcomes(tickets) == [EngineDeadError] * 3
     assert died.wait(WAIT_S)
     assert not engine.health().alive

@@ -458,7 +458,8 @@ def test_a_deadline_passes_in_the_queue(start_server: StartServer) -> None:
         wait_until(lambda: len(server.runner.batches) > 0)
         late = server.client.post(
             "/generate",
-            json={"prompt": "p", "width": 256, "height": 256},
+            # more steps than the first has left, which therefore goes on
+            json={"prompt": "p", "width": 256, "height": 256, "steps": 20},
             headers={"X-Request-ID": "late"},
         )
         check_problem(late, 504, "deadline_exceeded")
@@ -517,7 +518,7 @@ def test_a_late_request_is_a_fault_but_a_busy_server_is_none(start_server: Start
         wait_until(lambda: len(server.runner.batches) > 0)
         busy = server.client.post("/unload", params={"model_key": "lightning"})
         check_problem(busy, 503, "model_busy")
-        check_problem(server.generate(), 504, "deadline_exceeded")
+        check_problem(server.generate(steps=20), 504, "deadline_exceeded")
         server.generate(steps=99)
         assert first.result().status_code == 200
     assert [event["code"] for event in events] == ["deadline_exceeded"]
