@@ -19,7 +19,7 @@ import os
 import shlex
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import NoReturn
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except CatalogError as error:
         _refuse(f"MODEL_CATALOG (--model-catalog): {error.message}", BAD_SETTINGS)
     configure_logging(settings.log_level, settings.model_log)
+    keep_kernels(settings.models_dir, os.environ)
     for fallback in settings.fallbacks:
         log.warning(
             "folder_fallback",
@@ -84,6 +85,15 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)
+
+
+def keep_kernels(models_dir: Path, environment: MutableMapping[str, str]) -> None:
+    """Let Triton keep what it compiles on the volume of the models: a new box compiles nothing.
+
+    Triton reads the variable when it is imported; the operator's own value wins.
+    """
+    folder = models_dir.absolute() / ".cache" / "triton"
+    environment.setdefault("TRITON_CACHE_DIR", str(folder))
 
 
 def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:

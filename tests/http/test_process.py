@@ -185,6 +185,15 @@ def test_the_curl_line_can_be_pasted() -> None:
     assert model_server.EXAMPLE["response_format"] == "binary"
 
 
+def test_compiled_kernels_are_kept_beside_the_models(tmp_path: Path) -> None:
+    environment: dict[str, str] = {}
+    model_server.keep_kernels(tmp_path, environment)
+    assert environment == {"TRITON_CACHE_DIR": str(tmp_path / ".cache" / "triton")}
+    environment["TRITON_CACHE_DIR"] = "/operators/own"
+    model_server.keep_kernels(tmp_path, environment)
+    assert environment == {"TRITON_CACHE_DIR": "/operators/own"}
+
+
 def test_the_console_script() -> None:
     version = subprocess.run(
         [sys.executable, "-m", "experimance_controlnet.cli", "version"],
