@@ -296,7 +296,9 @@ class HealthResponse(BaseModel):
     queue_depth: int = Field(description="Images accepted and not yet finished.")
     queue_workload: float = Field(description="Workload units of those.")
     last_error: str | None
-    device: str
+    device: str = Field(
+        description="Its name; MODEL_DEVICE in the first seconds, while the engine starts."
+    )
     version: str
 
 

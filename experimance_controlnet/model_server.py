@@ -19,7 +19,7 @@ import os
 import shlex
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import NoReturn
@@ -29,6 +29,7 @@ import structlog
 from experimance_controlnet.catalog.registry import load_catalog
 from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.catalog.store import ModelStore
+from experimance_controlnet.engine.runner import Runner
 from experimance_controlnet.errors import CatalogError, SettingsError
 from experimance_controlnet.logs import configure_logging
 from experimance_controlnet.server.listener import open_socket, url_of
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except CatalogError as error:
         _refuse(f"MODEL_CATALOG (--model-catalog): {error.message}", BAD_SETTINGS)
     configure_logging(settings.log_level, settings.model_log)
+    keep_kernels(settings.models_dir, os.environ)
     for fallback in settings.fallbacks:
         log.warning(
             "folder_fallback",
@@ -85,36 +87,54 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     os._exit(status)
 
 
+def keep_kernels(models_dir: Path, environment: MutableMapping[str, str]) -> None:
+    """Let Triton keep what it compiles on the volume of the models: a new box compiles nothing.
+
+    Triton reads the variable when it is imported; the operator's own value wins.
+    """
+    folder = models_dir.absolute() / ".cache" / "triton"
+    environment.setdefault("TRITON_CACHE_DIR", str(folder))
+
+
 def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
-    # Only now: torch takes seconds to import, which --help and a bad flag should not.
+    # Only now: --help and a bad flag should not wait for them.
     from experimance_controlnet.engine.engine import Engine
-    from experimance_controlnet.engine.sdxl import SdxlRunner
+    from experimance_controlnet.engine.late import LateRunner
     from experimance_controlnet.server.app import create_app
     from experimance_controlnet.server.serve import DEATH_LIMIT_S, Server, exit_after
 
     store = ModelStore(settings.models_dir)
-    try:
-        runner = SdxlRunner(catalog, store, settings.model_device)
-    except SettingsError as error:
-        _refuse(error.message, BAD_SETTINGS)
+    runner = LateRunner(partial(_make_runner, settings, catalog, store), settings.model_device)
     engine = Engine(
         runner,
         queue_capacity=settings.queue_capacity,
         max_rows=settings.max_batch_rows,
         watchdog_s=settings.watchdog_s,
+        on_start=runner.open,
         on_death=partial(exit_after, DEATH_LIMIT_S),
     )
     app = create_app(settings, catalog, store, engine)
     url = settings.explicit_url or url_of(listener)
 
     def announce() -> None:
-        log.info("server_listening", url=url, device=engine.device_name, model_catalog=catalog.name)
+        log.info("server_listening", url=url, model_catalog=catalog.name)
         if sys.stdout.isatty():
             sys.stdout.write(f"\n{curl_line(url)}\n\n")
 
     server = Server(app, announce)
     server.run(sockets=[listener])
     return server.exit_status
+
+
+def _make_runner(settings: Settings, catalog: Catalog, store: ModelStore) -> Runner:
+    """Imports torch and the model libraries, which takes seconds; on the engine's thread."""
+    from experimance_controlnet.engine.sdxl import SdxlRunner
+
+    try:
+        return SdxlRunner(catalog, store, settings.model_device)
+    except SettingsError as error:  # no exception here would end the process with this status
+        sys.stderr.write(_for_operator(error.message))
+        os._exit(BAD_SETTINGS)
 
 
 def curl_line(url: str) -> str:
@@ -138,8 +158,12 @@ def _stop_before_start(number: int, frame: FrameType | None) -> NoReturn:
 
 def _refuse(message: str, status: int) -> NoReturn:
     """One line for the operator, who is the only one to read it: the log may not exist yet."""
-    sys.stderr.write(f"model_server: {message}\n")
+    sys.stderr.write(_for_operator(message))
     sys.exit(status)
+
+
+def _for_operator(message: str) -> str:
+    return f"model_server: {message}\n"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Every accepted request ends exactly once: with a result, or with a typed error.
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -76,14 +77,19 @@ class Engine:
         max_rows: int,
         watchdog_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
+        on_start: Callable[[], None] = lambda: None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        """``queue_capacity`` in images, ``max_rows`` in UNet rows a batch. ``on_death`` is called
-        on the engine's thread when an error ends it for good.
+        """``queue_capacity`` in images, ``max_rows`` in UNet rows a batch.
+
+        Both callbacks run on the engine's thread: ``on_start`` first, for as long as it likes, and
+        requests are accepted meanwhile; ``on_death`` when an error, one of ``on_start`` included,
+        ends the engine for good.
         """
         self._runner = runner
         self._watchdog_s = watchdog_s
         self._clock = clock
+        self._on_start = on_start
         self._on_death = on_death
         self._ledger = Ledger(queue_capacity)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -92,7 +98,7 @@ class Engine:
         # Written by one thread, read by others; each is one reference, so no lock is needed.
         self._alive = True
         self._draining = False
-        self._heartbeat_s = clock()
+        self._heartbeat_s = math.inf  # until it has begun to beat, it cannot have stopped
         self._last_error: str | None = None
         self._promises: set[Future[None]] = set()
 
@@ -229,6 +235,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            self._on_start()
             while not self._stopping:
                 self._heartbeat()
         except BaseException as error:  # the top of the thread: nothing may end it unseen

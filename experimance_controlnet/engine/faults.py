@@ -1,8 +1,9 @@
-"""What an exception on the engine's thread means for the request and for the process."""
+"""What an exception on the engine's thread means for the request and for the process.
+
+torch is imported where it is needed: whoever imports this should not have to wait for it.
+"""
 
 from __future__ import annotations
-
-import torch
 
 from experimance_controlnet.errors import DeviceMemoryError, GenerationError, WorkerError
 
@@ -17,6 +18,8 @@ _FATAL_MESSAGES = ("cuda error", "cublas_status", "cudnn_status")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """The device or the host has no room for a tensor; smaller work may still succeed."""
+    import torch
+
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and _says(error, _OUT_OF_MEMORY_MESSAGES)
@@ -24,6 +27,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_fatal(error: BaseException) -> bool:
     """The CUDA context is lost: nothing in this process can use the device again."""
+    import torch
+
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.AcceleratorError) or _says(error, _FATAL_MESSAGES)

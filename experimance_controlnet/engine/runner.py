@@ -1,7 +1,8 @@
 """What the engine needs of a device. One implementation makes SDXL images (``sdxl.py``), another
 only pretends to (``fake.py``), so that the engine can be tested without a model.
 
-All methods but :meth:`Runner.load` and :meth:`Runner.gpu_memory` are called on the engine's thread.
+All methods but :meth:`Runner.load` and :meth:`Runner.gpu_memory` are called on the engine's thread,
+the properties on any.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class Runner(Protocol):
     def load(self, asset: Asset) -> Any:
         """Read it. Slow; runs on the loader's thread while the engine goes on.
 
-        The libraries swap process-wide settings while they build modules (the default dtype, how
-        parameters are registered), so nothing but this method may load, and never two at a time.
+        The libraries swap process-wide settings while they inject a LoRA (how parameters are
+        registered), so nothing but this method may load, and never two at a time.
 
         Raises:
             ModelFileError: its files are missing, damaged or not to be trusted.

@@ -1,16 +1,20 @@
-"""Noise schedulers by their API names: a table of diffusers classes and configurations."""
+"""Noise schedulers by their API names: a table of diffusers classes and configurations.
+
+The server looks names up here while the libraries are still being imported, so only
+:func:`make_scheduler` needs them.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
-
-import diffusers
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from experimance_controlnet.catalog.specs import ModelSpec, SchedulerName
 from experimance_controlnet.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class NoiseScheduler(Protocol):
@@ -32,22 +36,22 @@ class NoiseScheduler(Protocol):
         """From one noise level to the next."""
 
 
-_TABLE: Mapping[SchedulerName, tuple[type[Any], Mapping[str, Any]]] = {
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-    "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+_TABLE: Mapping[SchedulerName, tuple[str, Mapping[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "dpm_sde": (
-        diffusers.DPMSolverMultistepScheduler,
+        "DPMSolverMultistepScheduler",
         {"algorithm_type": "sde-dpmsolver++", "solver_type": "midpoint", "use_karras_sigmas": True},
     ),
-    "dpm_multi": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "dpm_multi": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "dpm_single": (
-        diffusers.DPMSolverSinglestepScheduler,
+        "DPMSolverSinglestepScheduler",
         {"algorithm_type": "dpmsolver++", "lower_order_final": True},
     ),
-    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
-    "lcm": (diffusers.LCMScheduler, {}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    "lcm": ("LCMScheduler", {}),
 }
-"""Class, and what makes it the one that the name promises."""
+"""diffusers' class, and what makes it the one that the name promises."""
 
 SCHEDULER_NAMES: tuple[SchedulerName, ...] = tuple(_TABLE)
 KARRAS_SCHEDULERS = frozenset({"euler", "dpm_sde", "dpm_multi", "dpm_single"})
@@ -78,6 +82,29 @@ def scheduler_config(spec: ModelSpec, name: SchedulerName) -> Mapping[str, Any]:
     return {key: value for key, value in spec.scheduler_config.items() if key in _NOISE_SCHEDULE}
 
 
+def karras_in_use(
+    name: SchedulerName, model_config: Mapping[str, Any], wish: bool | None = None
+) -> bool:
+    """Whether the noise levels are spaced after Karras: as wished, else as the model or the
+    scheduler has it.
+
+    Raises:
+        InvalidRequestError: wished for of a scheduler that has none.
+    """
+    if name not in KARRAS_SCHEDULERS:
+        if wish:
+            raise InvalidRequestError(
+                "use_karras_sigmas",
+                f"The scheduler {name} has no Karras sigmas; use one of "
+                f"{', '.join(sorted(KARRAS_SCHEDULERS))}.",
+            )
+        return False
+    if wish is not None:
+        return wish
+    config = {**_TABLE[name][1], **model_config}
+    return bool(config.get("use_karras_sigmas", False))
+
+
 def make_scheduler(
     name: SchedulerName,
     model_config: Mapping[str, Any],
@@ -93,27 +120,23 @@ def make_scheduler(
     Raises:
         InvalidRequestError: Karras sigmas asked of a scheduler that has none.
     """
-    scheduler_class, overrides = _TABLE[name]
-    config = {**overrides, **model_config}
-    if use_karras_sigmas is not None:
-        if use_karras_sigmas and name not in KARRAS_SCHEDULERS:
-            raise InvalidRequestError(
-                "use_karras_sigmas",
-                f"The scheduler {name} has no Karras sigmas; use one of "
-                f"{', '.join(sorted(KARRAS_SCHEDULERS))}.",
-            )
-        if name in KARRAS_SCHEDULERS:
-            config["use_karras_sigmas"] = use_karras_sigmas
+    class_name, overrides = _TABLE[name]
+    scheduler_class = _scheduler_class(class_name)
+    karras = karras_in_use(name, model_config, use_karras_sigmas)
+    config = {**overrides, **model_config, "use_karras_sigmas": karras}
     known = _config_keys(name)
     scheduler = scheduler_class(**{key: value for key, value in config.items() if key in known})
     scheduler.set_timesteps(steps, device="cpu")
     return cast(NoiseScheduler, scheduler)
 
 
+def _scheduler_class(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
 @functools.cache
 def _config_keys(name: SchedulerName) -> frozenset[str]:
-    """Cached: ``from_config`` inspects signatures, four fifths of what a scheduler takes to make.
-
-    Every request makes two, one of them on the engine's thread.
-    """
-    return frozenset(_TABLE[name][0].from_config({}).config)
+    """Cached: ``from_config`` inspects signatures, four fifths of what a scheduler takes to make."""
+    return frozenset(_scheduler_class(_TABLE[name][0]).from_config({}).config)

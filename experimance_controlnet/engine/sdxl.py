@@ -43,7 +43,6 @@ from experimance_controlnet.engine.schedulers import make_scheduler, scheduler_c
 from experimance_controlnet.engine.vae import ImageDecoder
 from experimance_controlnet.errors import ModelFileError, SettingsError
 
-
 _STEP_SHAPES = 24
 """Shapes of a step for which a model keeps a program: 8 numbers of rows at three sizes."""
 

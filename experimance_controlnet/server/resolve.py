@@ -26,7 +26,7 @@ from experimance_controlnet.engine.request import (
     DepthImage,
     GenerationRequest,
 )
-from experimance_controlnet.engine.schedulers import make_scheduler, scheduler_config
+from experimance_controlnet.engine.schedulers import karras_in_use, scheduler_config
 from experimance_controlnet.errors import UnknownNameError
 from experimance_controlnet.workload import acting_steps, workload
 
@@ -144,7 +144,9 @@ def make_plan(
         cfg=cfg,
         seed=secrets.randbelow(SEEDS) if data.seed is None else data.seed,
         scheduler=scheduler,
-        use_karras_sigmas=_karras_in_use(data, model, scheduler),
+        use_karras_sigmas=karras_in_use(
+            scheduler, scheduler_config(model, scheduler), data.use_karras_sigmas
+        ),
         workload=workload(
             width=data.width,
             height=data.height,
@@ -208,15 +210,6 @@ def _add_up(
         weights[lora.name] = weights.get(lora.name, 0.0) + lora.strength
     rounded = {name: round(weight, WEIGHT_DIGITS) for name, weight in sorted(weights.items())}
     return tuple(Adapter(name, weight) for name, weight in rounded.items() if weight)
-
-
-def _karras_in_use(
-    data: ControlNetGenerateData, model: ModelSpec, scheduler: SchedulerName
-) -> bool:
-    """What the engine will make of the wish; it refuses one that the scheduler cannot grant."""
-    config = scheduler_config(model, scheduler)
-    made = make_scheduler(scheduler, config, 1, data.use_karras_sigmas)
-    return bool(made.config.get("use_karras_sigmas", False))
 
 
 def _depth_in_use(data: ControlNetGenerateData, steps: int) -> Literal["given", "mock"] | None:

@@ -103,8 +103,9 @@ class Services:
         if DEFAULT_CONTROLNET in self.catalog.controlnets:
             sources.append(self.catalog.controlnets[DEFAULT_CONTROLNET].source)
         await self.fetch(sources)
-        await asyncio.wrap_future(self.engine.load(model))
-        await self.files.content_hash(spec.source)
+        # side by side: the hash of a file that was not downloaded takes seconds
+        load = asyncio.wrap_future(self.engine.load(model))
+        await asyncio.gather(load, self.files.content_hash(spec.source))
 
     async def preload_all(self, models: Iterable[str]) -> None:
         """Bring the models in one after the other; what fails is kept in :attr:`preload`."""

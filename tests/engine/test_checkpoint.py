@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from safetensors.torch import load_file, save_file
 
 from experimance_controlnet.catalog.specs import Catalog
@@ -82,6 +86,130 @@ def test_fp16_variant_files(base: Path, tmp_path: Path) -> None:
     for file in folder.rglob("*.safetensors"):
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
     assert_equal(load(base), load(folder))
+
+
+def split(file: Path, index_name: str) -> None:
+    """Replace a weight file by two shards and their index, as the libraries save big models."""
+    tensors = load_file(file)
+    names = sorted(tensors)
+    halves = {"00001": names[::2], "00002": names[1::2]}
+    weight_map: dict[str, str] = {}
+    for number, half in halves.items():
+        shard = file.with_name(f"{file.name.split('.')[0]}-{number}-of-00002.safetensors")
+        save_file({name: tensors[name] for name in half}, shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(half, shard.name)
+    file.with_name(index_name).write_text(json.dumps({"weight_map": weight_map}))
+    file.unlink()
+
+
+def test_sharded_files(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    shutil.copytree(base, folder)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    split(unet, "diffusion_pytorch_model.safetensors.index.json")
+    split(folder / "text_encoder" / "model.safetensors", "model.safetensors.index.fp16.json")
+    assert_equal(load(base), load(folder))
+    next(unet.parent.glob("*-00002-of-*")).unlink()
+    with pytest.raises(BadWeightsError):
+        load(folder)
+
+
+def test_attention_may_have_its_old_names(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(base, folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(file)
+    for name in list(tensors):
+        for now, before in old.items():
+            if f".{now}." in name:
+                tensors[name.replace(now, before)] = tensors.pop(name)
+    assert any(".proj_attn." in name for name in tensors)
+    save_file(tensors, file, {"format": "pt"})
+    assert_equal(load(base), load(folder))
+
+
+def test_useless_tensors_are_left_out(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "more"
+    shutil.copytree(base, folder)
+    for file in folder.rglob("*.safetensors"):
+        extra = {"text_model.embeddings.position_ids": torch.zeros(1, 77, dtype=torch.int64)}
+        save_file(load_file(file) | extra, file, {"format": "pt"})
+    modules = load(folder)
+    assert_equal(load(base), modules)
+    for encoder in (modules.text_encoder, modules.text_encoder_2):
+        [ids] = [buffer for name, buffer in encoder.named_buffers() if "position_ids" in name]
+        assert torch.equal(ids, torch.arange(77)[None])
+
+
+def test_every_convolution_is_channels_last(base: Path) -> None:
+    modules = load(base)
+    for name in COMPONENTS:
+        for tensor in getattr(modules, name).parameters():
+            assert tensor.ndim != 4 or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("as_one_file", [False, True])
+def test_a_load_leaves_other_threads_alone(
+    base: Path, single_file: Path, as_one_file: bool
+) -> None:
+    """The engine's thread makes tensors while the loader's builds modules."""
+    source = single_file if as_one_file else base
+    loading = threading.Event()
+    stray: list[torch.Tensor] = []
+
+    def make_layers() -> None:
+        while loading.is_set():
+            weight = torch.nn.Linear(2, 2).weight
+            if weight.is_meta or weight.dtype != torch.float32:
+                stray.append(weight)
+
+    loading.set()
+    engine = threading.Thread(target=make_layers)
+    engine.start()
+    try:
+        for _ in range(3):
+            load(source, base, torch.float16)
+    finally:
+        loading.clear()
+        engine.join()
+    assert not stray
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is no file's page."""
+    status = Path("/proc/self/status").read_text()
+    [line] = [line for line in status.splitlines() if line.startswith("RssAnon:")]
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_are_never_in_memory_twice(
+    catalog: Catalog, store: ModelStore, tmp_path: Path
+) -> None:
+    source = store.path(catalog.controlnets["sdxl_small"].source)
+    assert source is not None
+    config = ControlNetModel.load_config(source)
+    big = ControlNetModel.from_config({**config, "block_out_channels": [256, 512, 768]})
+    big.save_pretrained(tmp_path)
+    del big
+    gc.collect()
+    load_controlnet(source, CPU, torch.float16)  # what a first load allocates for good
+    done, samples = threading.Event(), [before := anonymous_bytes()]
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            samples.append(anonymous_bytes())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    loaded = load_controlnet(tmp_path, CPU, torch.float16)
+    done.set()
+    sampler.join()
+    samples.append(anonymous_bytes())
+    weights_bytes = sum(tensor.nbytes for tensor in loaded.parameters())
+    assert weights_bytes > 100e6 and len(samples) > 3
+    assert max(samples) - before < 1.2 * weights_bytes
 
 
 def test_half_precision_keeps_the_vae_in_range(base: Path) -> None:

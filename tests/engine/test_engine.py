@@ -62,6 +62,34 @@ def request(name: str = "r", **changes: Any) -> GenerationRequest:
     return GenerationRequest(request_id=name, **{**fields, **changes})
 
 
+def test_it_accepts_before_it_has_begun(start: StartEngine) -> None:
+    begin = threading.Event()
+    engine = start(FakeRunner(), on_start=begin.wait, watchdog_s=0.01)
+    [ticket] = engine.submit([request()])
+    loaded = engine.load("base")
+    time.sleep(0.1)
+    assert not ticket.future.done() and not loaded.done()
+    assert engine.health().alive and not engine.health().hung
+    begin.set()
+    assert outcomes([ticket]) == [None]
+    loaded.result(WAIT_S)
+
+
+def test_an_engine_that_cannot_begin_dies(start: StartEngine) -> None:
+    begin, died = threading.Event(), threading.Event()
+
+    def fail() -> None:
+        begin.wait(WAIT_S)
+        raise ImportError("no such library")
+
+    engine = start(FakeRunner(), on_start=fail, on_death=died.set)
+    tickets = engine.submit([request()])
+    begin.set()
+    assert died.wait(WAIT_S)
+    assert outcomes(tickets) == [EngineDeadError]
+    assert not engine.health().alive
+
+
 def outcomes(tickets: list[Ticket]) -> list[type[BaseException] | None]:
     """None for an image, else the class of the error."""
     errors = [ticket.future.exception(WAIT_S) for ticket in tickets]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from PIL import Image
 
 import experimance_controlnet
@@ -44,17 +45,42 @@ def test_from_start_to_end(launch: Launch) -> None:
     assert server.ended() == 0
     events = server.events()
     names = [event["event"] for event in events]
-    assert names.index("server_listening") < names.index("request_done")
+    # the port is open before torch and the model libraries are imported
+    assert names.index("server_listening") < names.index("engine_ready")
+    assert names.index("engine_ready") < names.index("model_loaded") < names.index("request_done")
     assert names.index("request_done") < names.index("server_draining")
     [listening] = [event for event in events if event["event"] == "server_listening"]
     assert (
         listening.items()
         >= {
             "url": server.url,
-            "device": "cpu",
             "model_catalog": "embedded",
         }.items()
     )
+    [ready] = [event for event in events if event["event"] == "engine_ready"]
+    assert ready["device"] == "cpu" and ready["seconds"] > 0
+
+
+def test_the_server_imports_no_torch() -> None:
+    """Its import takes seconds, in which nothing could answer."""
+    code = (
+        "import sys; from experimance_controlnet.server import app, serve; "
+        "from experimance_controlnet.engine import late; "
+        "print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=FOLDER.parent, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there(launch: Launch) -> None:
+    server = launch(MODEL_DEVICE="cuda")
+    assert server.ended() == 2
+    line = "model_server: MODEL_DEVICE (--model-device): there is no CUDA device here\n"
+    assert line in server.console.read_text()
+    assert "Traceback" not in server.console.read_text()
 
 
 def test_a_signal_lets_accepted_requests_finish(launch: Launch) -> None:
@@ -157,6 +183,15 @@ def test_the_curl_line_can_be_pasted() -> None:
     assert json.loads(command[command.index("-d") + 1]) == model_server.EXAMPLE
     assert command[-2:] == ["-o", "image.png"]
     assert model_server.EXAMPLE["response_format"] == "binary"
+
+
+def test_compiled_kernels_are_kept_beside_the_models(tmp_path: Path) -> None:
+    environment: dict[str, str] = {}
+    model_server.keep_kernels(tmp_path, environment)
+    assert environment == {"TRITON_CACHE_DIR": str(tmp_path / ".cache" / "triton")}
+    environment["TRITON_CACHE_DIR"] = "/operators/own"
+    model_server.keep_kernels(tmp_path, environment)
+    assert environment == {"TRITON_CACHE_DIR": "/operators/own"}
 
 
 def test_the_console_script() -> None:
