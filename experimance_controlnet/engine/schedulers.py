@@ -138,5 +138,5 @@ def _scheduler_class(name: str) -> Any:
 
 @functools.cache
 def _config_keys(name: SchedulerName) -> frozenset[str]:
-    """Cached: ``from_config`` inspects signatures, four fifths of what a scheduler takes to make."""
+    """Cached: ``from_config`` inspects signatures, four fifths of the time to make a scheduler."""
     return frozenset(_scheduler_class(_TABLE[name][0]).from_config({}).config)

@@ -16,12 +16,8 @@ from experimance_controlnet.engine.checkpoint import SdxlModules, load_checkpoin
 from experimance_controlnet.engine.conditioning import PromptEncoder, depth_to_control
 from experimance_controlnet.engine.denoise import StepProgram, StepShape, shape_of
 from experimance_controlnet.engine.graphs import ProgramCache, Recorder
-from experimance_controlnet.engine.lora import (
-    COMPONENTS,
-    AdapterMerger,
-    LoraFactors,
-    load_lora,
-)
+from experimance_controlnet.engine.lora import COMPONENTS, LoraFactors, load_lora
+from experimance_controlnet.engine.merger import AdapterMerger
 from experimance_controlnet.engine.network.decoder import VaeDecoder
 from experimance_controlnet.engine.network.unet import ControlNetwork, UnetNetwork
 from experimance_controlnet.engine.request import (

@@ -113,7 +113,8 @@ class Frame:
         """What the first try took on the device; call it after :meth:`result`."""
         if self._start is None or self._end is None:
             return self._host_s
-        return self._start.elapsed_time(self._end) / 1000
+        milliseconds: float = self._start.elapsed_time(self._end)
+        return milliseconds / 1000
 
     def result(self) -> tuple[PixelImage, list[str]]:
         """Wait for the pixels; also says what had to be done differently.

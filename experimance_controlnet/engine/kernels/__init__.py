@@ -3,7 +3,8 @@
 Every function here exists twice with the same signature: in plain torch (``reference.py``), which
 says what it means and runs anywhere, and in Triton (``fused/``), which reads and writes memory as
 rarely as it can. The device of the first tensor decides; a CUDA device without Triton takes the
-reference. Kernels know nothing of models.
+reference. Kernels know nothing of models. ``merge.py``, whose work is prepared once and run often,
+holds its own reference.
 
 Shapes: images are (B, C, H, W) in channels_last, so their memory is (B, H, W, C) and a view as
 tokens (B, H x W, C) costs nothing. Sums are taken in fp32 whatever the tensors' precision.

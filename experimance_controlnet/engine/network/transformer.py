@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
@@ -80,11 +79,11 @@ class Transformer:
 class _Block:
     """A BasicTransformerBlock; the first norm and the last residual add are the caller's."""
 
-    def __init__(self, block: BasicTransformerBlock, columns: slice) -> None:
+    def __init__(self, block: Any, columns: slice) -> None:
         feed_forward: Any = block.ff.net
         require(block.norm_type == "layer_norm", "transformer blocks without LayerNorm")
         require(isinstance(feed_forward[0], GEGLU), "feed-forward layers without GEGLU")
-        self._block: Any = block
+        self._block = block
         self._self_attention = _SelfAttention(block.attn1)
         self._cross_attention = _CrossAttention(block.attn2, columns)
         self._widen, self._narrow = feed_forward[0].proj, feed_forward[2]
