@@ -6,6 +6,7 @@ Only what the engine itself uses is called: the ``Runner`` protocol and ``Engine
 from __future__ import annotations
 
 import inspect
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from PIL import Image
 
 from benchmarks.full_size import Family, FamilyFiles
 from benchmarks.standard_request import FIRST_ERA, SECOND_ERA, standard_request
-from benchmarks.timing import Repeats, free_memory, median_ms, progress, synchronize
+from benchmarks.timing import Repeats, free_memory, median_ms, progress
 from experimance_controlnet.catalog.registry import load_catalog
 from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.engine.engine import Engine
@@ -33,6 +34,8 @@ from experimance_controlnet.settings import Settings
 
 Result = dict[str, Any]
 
+RAMP_S = 3.0
+"""How long the clients are at work before their pictures count."""
 PHASES = ("queue_s", "encode_s", "denoise_s", "decode_s")
 
 
@@ -173,13 +176,10 @@ class Ours:
         """Closed loop: each client asks for its next picture as soon as it has the last one."""
         self._forget_peak()
         rates: dict[str, float] = {}
-        first_number = 1000
         with self._engine() as draw:
             for count in clients:
-                self._load_with(draw, count, first_number, seconds=min(3.0, seconds))
-                rate = self._load_with(draw, count, first_number + 500, seconds)
+                rate = self._rate(draw, count, min(RAMP_S, seconds), seconds)
                 rates[str(count)] = round(rate, 3)
-                first_number += 1000
                 progress(f"throughput {self.precision}: {count} clients {rate:.2f} images/s")
         return {
             "images_per_s": rates,
@@ -187,27 +187,33 @@ class Ours:
             "memory_gb": self._memory_gb(),
         }
 
-    def _load_with(
+    def _rate(
         self,
         draw: Callable[[int], GenerationResult],
         clients: int,
-        first_number: int,
+        ramp_s: float,
         seconds: float,
     ) -> float:
-        """Images per second. All that began before the time was over is counted, and waited for."""
-        started_s = time.perf_counter()
+        """Images per second that were finished in a window of ``seconds`` after ``ramp_s``, with
+        all clients at work before, in and after it.
+        """
+        began_s = time.perf_counter() + ramp_s
+        ended_s = began_s + seconds
 
-        def client(index: int) -> int:
-            done = 0
-            while time.perf_counter() - started_s < seconds:
-                draw(first_number + index + clients * done)
-                done += 1
-            return done
+        def client(first: int) -> int:
+            finished = 0
+            for number in itertools.count(first, clients):
+                draw(number)
+                now_s = time.perf_counter()
+                finished += began_s <= now_s < ended_s
+                if now_s >= ended_s:
+                    break
+            return finished
 
+        # other prompts than those of the calls before
+        first = 10_000 * clients
         with ThreadPoolExecutor(clients) as pool:
-            images = sum(pool.map(client, range(clients)))
-        synchronize(self.device)
-        return images / (time.perf_counter() - started_s)
+            return sum(pool.map(client, range(first, first + clients))) / seconds
 
     def _forget_peak(self) -> None:
         free_memory(self.device)

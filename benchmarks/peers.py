@@ -95,7 +95,7 @@ class Peer:
         images: list[Image.Image] = self.pipeline(**arguments, output_type="pil").images
         return images
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as in the pipeline: in inference mode a compiled VAE would compile again
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The VAE alone: (n, 3, H, W) on the device."""
         vae = self.pipeline.vae
