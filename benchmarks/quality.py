@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,18 +41,27 @@ def verify(references: References, ours: Ours) -> Result:
         ]
         for name, trajectory in references.trajectories.items()
     }
-    limit = MAX_RELATIVE_ERROR[ours.precision]
-    # comparisons that are false for NaN
-    close = all(error <= limit for steps in errors.values() for error in steps)
-    sees_all = all(change >= MIN_SENSITIVITY for change in references.sensitivity.values())
     result = {
-        "right": close and sees_all,
+        "right": is_right(ours.precision, errors, references.sensitivity),
         "unet_relative_error": _rounded(errors),
         "unet_relative_error_eager": _rounded(references.eager_errors),
         "sensitivity": {name: round(value, 4) for name, value in references.sensitivity.items()},
     }
     progress(f"verify {ours.precision}: {result}")
     return result
+
+
+def is_right(
+    precision: str,
+    errors: Mapping[str, Sequence[float]],
+    sensitivity: Mapping[str, float],
+) -> bool:
+    """Whether every error is within the precision's limit, and every input is seen at all.
+    Anything that is not a number is wrong.
+    """
+    limit = MAX_RELATIVE_ERROR[precision]
+    close = all(error <= limit for steps in errors.values() for error in steps)
+    return close and all(change >= MIN_SENSITIVITY for change in sensitivity.values())
 
 
 def compare_pictures(references: References, ours: Ours) -> Result:
