@@ -8,6 +8,7 @@ and file format. Triton's cache is empty at the first start of each series and w
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import socket
@@ -20,27 +21,40 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+import torch
 
+from benchmarks.full_size import FULL, FamilyFiles
+from benchmarks.ours import DEFAULT_PRECISION, make_runner
+from benchmarks.standard_request import standard_request
 from benchmarks.timing import progress
+from experimance_controlnet.engine.engine import Engine
+from experimance_controlnet.settings import Settings
 
 Result = dict[str, Any]
 
 LIMIT_S = 300.0
 POLL_S = 0.05
-PRECISION_VARIABLE = "MODEL_PRECISION"
+PRECISION_SETTING = "model_precision"
 
 
 def measure_cold_starts(
     catalog: Path, models: Mapping[str, str], precision: str, side_px: int, starts: int
 ) -> Result:
-    """``models``: what a file layout is called -> the catalogue's model in it."""
+    """``models``: what a file layout is called -> the catalogue's model in it.
+
+    Raises:
+        ValueError: the server of this version has only fp16.
+    """
     how = "http" if _has_server() else "engine"
+    has_setting = PRECISION_SETTING in Settings.model_fields
+    if how == "http" and precision != DEFAULT_PRECISION and not has_setting:
+        raise ValueError(f"this server has no setting {PRECISION_SETTING}")
     result: Result = {"how": how}
     with TemporaryDirectory() as folder:
         for layout, model in models.items():
             environment = os.environ | {
                 "TRITON_CACHE_DIR": str(Path(folder, "triton", layout)),
-                PRECISION_VARIABLE: precision,
+                PRECISION_SETTING.upper(): precision,
             }
             times_s = []
             for _ in range(starts):
@@ -118,15 +132,6 @@ def _answered(url: str, body: Mapping[str, Any]) -> bool:
 
 def make_first_picture(catalog: Path, model: str, precision: str, side_px: int) -> None:
     """Load the model and make one picture, in this process."""
-    import dataclasses
-
-    import torch
-
-    from benchmarks.full_size import FULL, FamilyFiles
-    from benchmarks.ours import make_runner
-    from benchmarks.standard_request import standard_request
-    from experimance_controlnet.engine.engine import Engine
-
     family = dataclasses.replace(FULL, side_px=side_px)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runner = make_runner(FamilyFiles(family, catalog), device, precision)

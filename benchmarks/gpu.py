@@ -28,7 +28,7 @@ import transformers.utils.logging as transformers_logging
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cold_start, peers, quality, references, results
+from benchmarks import cold_start, figures, peers, quality, references
 from benchmarks.environment import git_commit, versions
 from benchmarks.full_size import (
     FULL,
@@ -142,14 +142,14 @@ def run(bench: Bench, outcome: Result) -> bool:
             traceback.print_exc()
             measured, right = {"error": f"{type(error).__name__}: {error}"}, False
         free_memory(bench.device)
-        several = owner == results.PEERS and "error" not in measured
-        results.add_part(outcome, owner, part, measured if several else {part: measured}, record)
+        several = owner == figures.PEERS and "error" not in measured
+        figures.add_part(outcome, owner, part, measured if several else {part: measured}, record)
         if options.out is not None:
-            results.save(results.with_figures(outcome), options.out)
+            figures.save(figures.with_figures(outcome), options.out)
 
     for part, work in bench.peer_parts().items():
         if part in options.parts:
-            measure(results.PEERS, part, work)
+            measure(figures.PEERS, part, work)
     for precision in options.precision:
         for part, work in bench.our_parts(precision).items():
             if part not in options.parts:
@@ -164,8 +164,8 @@ def run(bench: Bench, outcome: Result) -> bool:
 def show(outcome: Result) -> None:
     """The tables, then the JSON line."""
     for title, rows in (
-        (f"{outcome['versions']['device']}, {outcome['family']} size", results.table_rows(outcome)),
-        ("diffusers, the same request", results.peer_rows(outcome)),
+        (f"{outcome['versions']['device']}, {outcome['family']} size", figures.table_rows(outcome)),
+        ("diffusers, the same request", figures.peer_rows(outcome)),
     ):
         heading, *lines = rows
         table = Table(title=title)
@@ -198,7 +198,7 @@ def parse_options() -> argparse.Namespace:
     add("--tiny", action="store_true", help="a tiny family, for any machine")
     add("--parts", type=names(PARTS), default=PARTS, help=",".join(PARTS))
     add("--skip-compile", action="store_true", help="without the torch.compile peer: minutes")
-    add("--precision", type=names(results.PRECISIONS), default=("fp16",), help="fp16,fp8")
+    add("--precision", type=names(figures.PRECISIONS), default=("fp16",), help="fp16,fp8")
     add("--repeats", type=int, default=10, help="measured calls; the median counts")
     add("--warm-up", type=int, default=3, help="calls before those")
     add("--concurrency", type=numbers, default=(1, 2, 4, 8, 16), help="clients of a closed loop")
@@ -234,15 +234,15 @@ def main() -> None:
         "adapters": 2,
         "lora_rank": family.lora_rank,
     }
-    outcome = results.new_results(family.name, versions(device), request)
+    outcome = figures.new_results(family.name, versions(device), request)
     if options.merge:
         try:
-            results.keep_earlier(outcome, options.out)
-        except results.VersionsDifferError as error:
+            figures.keep_earlier(outcome, options.out)
+        except figures.VersionsDifferError as error:
             sys.exit(f"--merge: {error}")
     files = ensure_family(family, options.models_dir.absolute(), device)
     right = run(Bench(options, files, device), outcome)
-    show(results.with_figures(outcome))
+    show(figures.with_figures(outcome))
     sys.exit(0 if right else 1)
 
 

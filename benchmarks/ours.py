@@ -36,6 +36,7 @@ Result = dict[str, Any]
 
 RAMP_S = 3.0
 """How long the clients are at work before their pictures count."""
+DEFAULT_PRECISION = "fp16"
 PHASES = ("queue_s", "encode_s", "denoise_s", "decode_s")
 
 
@@ -49,7 +50,7 @@ def make_runner(files: FamilyFiles, device: torch.device, precision: str) -> Sdx
     options: dict[str, Any] = {}
     if "precision" in inspect.signature(SdxlRunner).parameters:
         options["precision"] = precision
-    elif precision != "fp16":
+    elif precision != DEFAULT_PRECISION:
         raise ValueError(f"this engine has no precision {precision}")
     return SdxlRunner(catalog, ModelStore(files.catalog.parent), device.type, **options)
 

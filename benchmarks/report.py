@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.results import peer_rows, table_rows
+from benchmarks.figures import peer_rows, table_rows
 
 
 def markdown(rows: Iterable[tuple[str, ...]]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import results
+from benchmarks import figures
 from benchmarks.quality import is_right, psnr_db
 from benchmarks.references import relative_error
 from benchmarks.report import markdown
@@ -20,62 +20,62 @@ RUN = {"id": "first"}
 
 
 def empty(**versions: str) -> dict[str, Any]:
-    return results.new_results("full", {"torch": "2.11", **versions}, REQUEST)
+    return figures.new_results("full", {"torch": "2.11", **versions}, REQUEST)
 
 
 def measured(latency_ms: float, peer_ms: float) -> dict[str, Any]:
     outcome = empty()
     peer = {"latency_ms": peer_ms, "latents_ms": 1.0, "vae_ms": 1.0}
-    results.add_part(outcome, "peers", "peers", {"eager": peer}, RUN)
-    results.add_part(outcome, "fp16", "latency", {"latency": {"latency_ms": latency_ms}}, RUN)
+    figures.add_part(outcome, "peers", "peers", {"eager": peer}, RUN)
+    figures.add_part(outcome, "fp16", "latency", {"latency": {"latency_ms": latency_ms}}, RUN)
     return outcome
 
 
 def test_a_ratio_is_the_peer_over_ours() -> None:
-    figures = results.with_figures(measured(latency_ms=200, peer_ms=500))["fp16"]
-    assert figures["ratio_vs_eager"] == 2.5
-    assert figures["ratio_vs_compile"] is None
-    assert figures["ratios_of_one_run"] is True
+    drawn = figures.with_figures(measured(latency_ms=200, peer_ms=500))["fp16"]
+    assert drawn["ratio_vs_eager"] == 2.5
+    assert drawn["ratio_vs_compile"] is None
+    assert drawn["ratios_of_one_run"] is True
 
 
 def test_a_ratio_of_two_runs_is_named_so() -> None:
     outcome = measured(latency_ms=200, peer_ms=500)
     later = {"latency": {"latency_ms": 100}}
-    results.add_part(outcome, "fp16", "latency", later, {"id": "second"})
-    figures = results.with_figures(outcome)["fp16"]
-    assert figures["ratio_vs_eager"] == 5
-    assert figures["ratios_of_one_run"] is False
+    figures.add_part(outcome, "fp16", "latency", later, {"id": "second"})
+    drawn = figures.with_figures(outcome)["fp16"]
+    assert drawn["ratio_vs_eager"] == 5
+    assert drawn["ratios_of_one_run"] is False
 
 
 def test_a_failed_part_is_replaced_when_it_succeeds() -> None:
     outcome = empty()
-    results.add_part(outcome, "peers", "compile", {"compile": {"error": "no compiler"}}, RUN)
-    assert list(results.peer_rows(outcome)) == [("peer, L6", "latency_ms", "latents_ms", "vae_ms")]
+    figures.add_part(outcome, "peers", "compile", {"compile": {"error": "no compiler"}}, RUN)
+    assert list(figures.peer_rows(outcome)) == [("peer, L6", "latency_ms", "latents_ms", "vae_ms")]
     row = {"latency_ms": 1.5, "latents_ms": 1.0, "vae_ms": 0.5}
-    results.add_part(outcome, "peers", "compile", {"compile": row}, RUN)
-    assert list(results.peer_rows(outcome))[1] == ("compile", "1.5", "1", "0.5")
+    figures.add_part(outcome, "peers", "compile", {"compile": row}, RUN)
+    assert list(figures.peer_rows(outcome))[1] == ("compile", "1.5", "1", "0.5")
 
 
 def test_a_later_run_fills_the_file_of_an_earlier_one(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    results.save(results.with_figures(measured(latency_ms=200, peer_ms=500)), path)
+    figures.save(figures.with_figures(measured(latency_ms=200, peer_ms=500)), path)
     later = empty()
-    results.keep_earlier(later, path)
-    results.add_part(later, "fp16", "vae", {"vae": {"vae_ms": 20.0}}, {"id": "second"})
-    figures = results.with_figures(later)["fp16"]
-    assert (figures["l6_latency_ms"], figures["vae_ms"]) == (200, 20)
+    figures.keep_earlier(later, path)
+    figures.add_part(later, "fp16", "vae", {"vae": {"vae_ms": 20.0}}, {"id": "second"})
+    drawn = figures.with_figures(later)["fp16"]
+    assert (drawn["l6_latency_ms"], drawn["vae_ms"]) == (200, 20)
 
 
 def test_figures_of_other_versions_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    results.save(empty(), path)
-    with pytest.raises(results.VersionsDifferError, match=r"2\.12"):
-        results.keep_earlier(empty(torch="2.12"), path)
+    figures.save(empty(), path)
+    with pytest.raises(figures.VersionsDifferError, match=r"2\.12"):
+        figures.keep_earlier(empty(torch="2.12"), path)
 
 
 def test_nothing_to_keep_is_no_fault(tmp_path: Path) -> None:
     outcome = empty()
-    results.keep_earlier(outcome, tmp_path / "none.json")
+    figures.keep_earlier(outcome, tmp_path / "none.json")
     assert outcome["measured"] == {}
 
 
@@ -94,8 +94,8 @@ def test_weights_that_do_not_see_an_input_prove_nothing(blind: float) -> None:
 def test_a_nan_among_the_errors_is_shown() -> None:
     outcome = measured(latency_ms=200, peer_ms=500)
     verify = {"unet_relative_error": {"adapters": [0.1, math.nan, 0.2]}, "right": False}
-    results.add_part(outcome, "fp16", "verify", {"verify": verify}, RUN)
-    assert math.isnan(results.with_figures(outcome)["fp16"]["unet_relative_error"])
+    figures.add_part(outcome, "fp16", "verify", {"verify": verify}, RUN)
+    assert math.isnan(figures.with_figures(outcome)["fp16"]["unet_relative_error"])
 
 
 def test_relative_error() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results import FIGURES
+from benchmarks.figures import FIGURES
 
 ROOT = Path(__file__).parents[2]
 QUICK = (

@@ -143,15 +143,15 @@ def _figures(measured: Mapping[str, Any], precision: str) -> Result:
         "psnr_db": get("quality", "adapters", "psnr_ours_to_eager_db", "median"),
         "verified": get("verify", "right"),
     }
-    runs = {get("latency", "run", "id")}
+    runs = set()
     for ratio, name in _RATIOS.items():
         peer = measured.get(PEERS, {}).get(name, {})
         peer_ms = peer.get("latency_ms")
         known = latency_ms is not None and peer_ms is not None
         figures[ratio] = round(peer_ms / latency_ms, 2) if known else None
         if known:
-            runs.add(peer["run"]["id"])
-    figures["ratios_of_one_run"] = len(runs) == 1
+            runs |= {peer["run"]["id"], get("latency", "run", "id")}
+    figures["ratios_of_one_run"] = len(runs) == 1 if runs else None
     return figures
 
 
