@@ -38,9 +38,9 @@ PRECISION_SETTING = "model_precision"
 
 
 def measure_cold_starts(
-    catalog: Path, models: Mapping[str, str], precision: str, side_px: int, starts: int
+    catalog: Path, model: str, precision: str, side_px: int, starts: int
 ) -> Result:
-    """``models``: what a file layout is called -> the catalogue's model in it.
+    """Seconds of each start, with the ``catalog``'s ``model``.
 
     Raises:
         ValueError: the server of this version has only fp16.
@@ -49,23 +49,20 @@ def measure_cold_starts(
     has_setting = PRECISION_SETTING in Settings.model_fields
     if how == "http" and precision != DEFAULT_PRECISION and not has_setting:
         raise ValueError(f"this server has no setting {PRECISION_SETTING}")
-    result: Result = {"how": how}
+    times_s = []
     with TemporaryDirectory() as folder:
-        for layout, model in models.items():
-            environment = os.environ | {
-                "TRITON_CACHE_DIR": str(Path(folder, "triton", layout)),
-                PRECISION_SETTING.upper(): precision,
-            }
-            times_s = []
-            for _ in range(starts):
-                if how == "http":
-                    seconds = _start_server(catalog, model, side_px, environment, Path(folder))
-                else:
-                    seconds = _start_engine(catalog, model, precision, side_px, environment)
-                progress(f"cold start {precision}, {layout}, {how}: {seconds:.2f} s")
-                times_s.append(round(seconds, 2))
-            result[layout] = times_s
-    return result
+        environment = os.environ | {
+            "TRITON_CACHE_DIR": str(Path(folder, "triton")),
+            PRECISION_SETTING.upper(): precision,
+        }
+        for _ in range(starts):
+            if how == "http":
+                seconds = _start_server(catalog, model, side_px, environment, Path(folder))
+            else:
+                seconds = _start_engine(catalog, model, precision, side_px, environment)
+            progress(f"cold start {precision}, {model}, {how}: {seconds:.2f} s")
+            times_s.append(round(seconds, 2))
+    return {"how": how, "seconds": times_s}
 
 
 def _has_server() -> bool:

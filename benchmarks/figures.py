@@ -131,7 +131,7 @@ def _figures(measured: Mapping[str, Any], precision: str) -> Result:
         return value
 
     latency_ms = get("latency", "latency_ms")
-    cold_starts = get("cold", "folder")
+    cold_starts = get("cold", "seconds")
     figures: Result = {
         "l6_latency_ms": latency_ms,
         "l6_throughput_ips": get("throughput", "best_ips"),

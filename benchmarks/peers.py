@@ -37,7 +37,7 @@ class Peer:
         self.files, self.device, self.dtype = files, device, dtype
         controlnet = ControlNetModel.from_pretrained(files.controlnet, dtype=dtype)
         self.pipeline: Any = StableDiffusionXLControlNetPipeline.from_pretrained(
-            files.base, controlnet=controlnet, dtype=dtype
+            files.base, controlnet=controlnet, dtype=dtype, add_watermarker=False
         )
         self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)

@@ -41,6 +41,7 @@ def test_every_part_is_measured_and_the_picture_is_right(tmp_path: Path) -> None
 
     assert set(measured["peers"]) == {"eager", "peft_adapters"}
     expected = {"verify", "vae", "switch", "latency", "throughput", "quality", "cold"}
+    expected |= {"cold_single_file"}
     assert set(measured["fp16"]) == expected
     for part in (*measured["peers"].values(), *measured["fp16"].values()):
         assert part["run"]["command"].startswith("python -m benchmarks.gpu --tiny")
