@@ -11,10 +11,10 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup demo run test check fix bench
+.PHONY: help setup demo run test check fix bench bench-gpu
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  PYTHON=$(PYTHON) creates the environment; ARGS=... goes to pytest, the demo or the benchmark."
 
@@ -51,3 +51,6 @@ fix: setup ## Format, and mend what the linter can mend by itself
 
 bench: setup ## Measure a running installation over HTTP
 	@$(BIN)/python -m benchmarks.http $(ARGS)
+
+bench-gpu: setup ## Measure the engine beside diffusers on this GPU; BENCHMARKS.md explains it
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -79,8 +79,9 @@ def serve(size: int, announce: Connection) -> None:
     from experimance_controlnet.catalog.registry import load_catalog
     from experimance_controlnet.catalog.store import ModelStore
     from experimance_controlnet.engine.engine import Engine
-    from experimance_controlnet.engine.fake import FakeRunner
-    from experimance_controlnet.engine.request import PixelImage, RequestState
+    from experimance_controlnet.engine.fake import FakeFrame, FakeRunner
+    from experimance_controlnet.engine.request import GenerationRequest, PixelImage, RequestState
+    from experimance_controlnet.engine.runner import PendingFrame
     from experimance_controlnet.logs import configure_logging
     from experimance_controlnet.server.app import create_app
     from experimance_controlnet.server.listener import open_socket, url_of
@@ -89,9 +90,17 @@ def serve(size: int, announce: Connection) -> None:
 
     picture = landscape(size)
 
+    class KnownFrame(FakeFrame):
+        def __init__(self, request: GenerationRequest, pixels: PixelImage) -> None:
+            super().__init__(request, ready_s=0.0)
+            self._pixels = pixels
+
+        def result(self) -> tuple[PixelImage, list[str]]:
+            return self._pixels, []
+
     class OnePicture(FakeRunner):
-        def decode(self, state: RequestState) -> PixelImage:
-            return picture
+        def decode(self, state: RequestState) -> PendingFrame:
+            return KnownFrame(state.request, picture)
 
     with TemporaryDirectory() as folder:
         configure_logging("error", Path(folder) / "server.log")

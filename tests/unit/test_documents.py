@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.figures import FIGURES
 from experimance_controlnet.data_types import ControlNetGenerateData
 from experimance_controlnet.server.problems import STATUS
 from experimance_controlnet.settings import Settings
@@ -37,9 +38,15 @@ def test_every_status_is_documented(status: int) -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text("utf-8")):
             assert (ROOT / target).exists(), f"{document}: {target}"
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_every_figure_of_the_benchmark_is_explained(figure: str) -> None:
+    name = "ratio_vs_*" if figure.startswith("ratio_vs_") else figure
+    assert f"| `{name}` |" in (ROOT / "BENCHMARKS.md").read_text("utf-8")
 
 
 def test_every_file_of_the_architecture_exists() -> None:
