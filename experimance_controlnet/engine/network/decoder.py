@@ -75,7 +75,9 @@ def _attend(attention: Any, image: torch.Tensor) -> torch.Tensor:
 
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return functional.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+    return functional.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[
+        :, 0
+    ]
 
 
 def _one_head(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
