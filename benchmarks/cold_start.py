@@ -109,7 +109,9 @@ def _start_server(
             if process.poll() is not None or time.perf_counter() - started_s > LIMIT_S:
                 raise RuntimeError(f"no picture from the server: {console.read_text()[-2000:]}")
             time.sleep(POLL_S)
-        return time.perf_counter() - started_s
+        seconds = time.perf_counter() - started_s
+        sys.stderr.write(console.read_text())
+        return seconds
     finally:
         process.terminate()
         process.wait()

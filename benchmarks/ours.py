@@ -93,7 +93,9 @@ class Ours:
     def measure_vae(self, repeats: Repeats) -> Result:
         """Latents to uint8 pixels in the host's memory: more than the peers' VAE time holds."""
         state = self._finished(standard_request(self.family, 0, FIRST_ERA))
-        return {"vae_ms": median_ms(lambda _: self.runner.decode(state).result(), repeats, self.device)}
+        return {
+            "vae_ms": median_ms(lambda _: self.runner.decode(state).result(), repeats, self.device)
+        }
 
     def measure_switch(self, repeats: Repeats) -> Result:
         """What a step costs more where the step before was another era's."""

@@ -6,6 +6,8 @@ prompt is the same every time, as installations send it.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from benchmarks.full_size import CONTROLNET, ERA_WEIGHTS, ERAS, MODEL, Family
@@ -44,6 +46,7 @@ def standard_request(
     )
 
 
+@cache
 def _hills(side_px: int) -> DepthImage:
     """Smooth, 0..1."""
     y, x = np.mgrid[0:side_px, 0:side_px] / side_px * 6

@@ -11,7 +11,9 @@ import torch
 from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsType
 
 from experimance_controlnet.engine.checkpoint import SdxlModules
+from experimance_controlnet.engine.graphs import Recorder
 from experimance_controlnet.engine.request import DepthImage
+from experimance_controlnet.engine.text import RecordedTextEncoder
 
 # One digit before the point: "(at 12:30)" is a time, and weights of 10 make noise.
 _WEIGHTED = re.compile(r"(?<!\\)\(([^()]+):\s*(\d(?:\.\d+)?)\s*\)")
@@ -56,11 +58,17 @@ def parse_weights(prompt: str) -> list[Fragment]:
 class PromptEncoder:
     """Both text encoders of one model, with a cache of what they said."""
 
-    def __init__(self, modules: SdxlModules, device: torch.device, cache_chunks: int = 256) -> None:
+    def __init__(
+        self,
+        modules: SdxlModules,
+        device: torch.device,
+        recorder: Recorder,
+        cache_chunks: int = 256,
+    ) -> None:
         """``cache_chunks``: chunks of 77 tokens to keep; SDXL's take 0.3 MB each in fp16."""
         self._pairs = (
-            (modules.tokenizer, modules.text_encoder),
-            (modules.tokenizer_2, modules.text_encoder_2),
+            (modules.tokenizer, RecordedTextEncoder(modules.text_encoder, recorder)),
+            (modules.tokenizer_2, RecordedTextEncoder(modules.text_encoder_2, recorder)),
         )
         self._device = device
         self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
@@ -102,6 +110,8 @@ class PromptEncoder:
     def _encode(self, prompt: str, chunks: int) -> PromptEmbedding:
         fragments = parse_weights(prompt)
         texts, weights = _columns(fragments)
+        if chunks == 1 and all(weight == 1.0 for weight in weights):
+            return self._encode_plain("".join(texts))
         columns = []
         for index in range(len(self._pairs)):
             provider = self._provider(index)
@@ -113,6 +123,16 @@ class PromptEncoder:
             columns.append(embeds)
         pooled = self._provider(1).get_pooled_embeddings(["".join(texts)], device=self._device)
         return PromptEmbedding(embeds=torch.cat(columns, dim=-1), pooled=pooled)
+
+    def _encode_plain(self, text: str) -> PromptEmbedding:
+        """One chunk without weights: nothing here waits for the device, as compel would."""
+        outputs = []
+        for index, (_, encoder) in enumerate(self._pairs):
+            provider = self._provider(index)
+            [token_ids] = provider.get_token_ids([text], padding="max_length")
+            outputs.append(encoder(torch.tensor([token_ids])))
+        embeds = torch.cat([output.hidden_states[0] for output in outputs], dim=-1)
+        return PromptEmbedding(embeds=embeds, pooled=outputs[1].text_embeds)
 
     def _provider(self, index: int) -> EmbeddingsProvider:
         # A fresh one each time: it remembers the embedding of nothing, which adapters change.

@@ -132,11 +132,6 @@ class StepProgram:
         self._owners: tuple[tuple[Adapter, ...], list[Conditioning]] | None = None
         self._evaluate = ReplayedWork(self._evaluate_once, recorder)
 
-    @property
-    def recorded(self) -> bool:
-        """Whether the next run is as fast as it can be."""
-        return self._evaluate.recorded
-
     def __call__(self, states: Sequence[RequestState]) -> list[torch.Tensor]:
         """The guided noise prediction of each request, (1, 4, H/8, W/8) fp32.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import structlog
 import torch
 
 from experimance_controlnet.catalog.specs import Catalog, ModelSpec, Source
@@ -25,6 +29,7 @@ from experimance_controlnet.engine.request import (
     Asset,
     BatchKey,
     Conditioning,
+    Control,
     GenerationRequest,
     PhaseTimer,
     RequestState,
@@ -34,10 +39,12 @@ from experimance_controlnet.engine.residency import (
     ResidentModels,
     free_memory_bytes,
 )
-from experimance_controlnet.engine.runner import GpuMemory, PendingFrame
+from experimance_controlnet.engine.runner import GpuMemory
 from experimance_controlnet.engine.schedulers import make_scheduler, scheduler_config
-from experimance_controlnet.engine.vae import ImageDecoder
+from experimance_controlnet.engine.vae import Frame, ImageDecoder
 from experimance_controlnet.errors import ModelFileError, SettingsError
+
+log = structlog.get_logger()
 
 _STEP_SHAPES = 24
 """Shapes of a step for which a model keeps a program: 8 numbers of rows at three sizes."""
@@ -112,6 +119,7 @@ class SdxlRunner:
         self._controlnets: dict[str, ControlNetwork] = {}
         self._recorder = Recorder(self._device)
         self._pace = _Pace(self._device)
+        self._warm_ups: deque[tuple[str, Iterator[str]]] = deque()
 
     @property
     def device_name(self) -> str:
@@ -175,7 +183,7 @@ class SdxlRunner:
             modules=modules,
             unet=UnetNetwork(modules.unet),
             decoder=ImageDecoder(modules.vae, VaeDecoder(modules.vae), self._recorder),
-            prompts=PromptEncoder(modules, self._device),
+            prompts=PromptEncoder(modules, self._device, self._recorder),
             mergers={name: AdapterMerger(name, getattr(modules, name)) for name in COMPONENTS},
         )
 
@@ -183,8 +191,11 @@ class SdxlRunner:
         match asset.kind:
             case "model":
                 self._models.add(asset.name, loaded)
+                self._plan_warm_up(asset.name)
             case "controlnet":
                 self._controlnets[asset.name] = loaded
+                for model in self._models.names:
+                    self._plan_warm_up(model)
             case "lora":
                 self._models.peek(asset.model).adapters[asset.name] = loaded
 
@@ -304,13 +315,56 @@ class SdxlRunner:
         denoise.advance(state, prediction)
 
     @torch.inference_mode()
-    def decode(self, state: RequestState) -> PendingFrame:
+    def decode(self, state: RequestState) -> Frame:
         assert state.latents is not None, "decode() comes after the last step"
         model = self._models.use(state.request.model)
         return model.decoder.decode(state.latents)
 
     def warm_up(self) -> bool:
+        while self._warm_ups:
+            name, pieces = self._warm_ups[0]
+            if name in self._models.names and next(pieces, None) is not None:
+                return True
+            self._warm_ups.popleft()
         return False
+
+    def _plan_warm_up(self, model: str) -> None:
+        if self._device.type == "cuda":  # elsewhere nothing is compiled or recorded
+            self._warm_ups.append((model, self._warm_up_pieces(model)))
+
+    def _warm_up_pieces(self, model: str) -> Iterator[str]:
+        """Make the standard request three times: compile, record, replay. A piece at a time."""
+        started_s = time.monotonic()
+        for seed in range(3):
+            state = self.admit(self._standard_request(model, seed), accepted_s=0.0)
+            self.prepare(state)
+            yield "prepared"
+            [prediction] = self.predict([state])
+            self.advance(state, prediction)
+            yield "stepped"
+            self.decode(state).discard()
+            yield "decoded"
+        seconds = round(time.monotonic() - started_s, 3)
+        log.info("model_warmed_up", model=model, seconds=seconds)
+
+    def _standard_request(self, model: str, seed: int) -> GenerationRequest:
+        """What most clients ask for, with a ControlNet where one is in memory."""
+        control = None
+        for name in self._controlnets:
+            control = Control(name, np.zeros((8, 8), dtype=np.float32), strength=1.0)
+        return GenerationRequest(
+            request_id="warm-up",
+            model=model,
+            prompt=f"warm-up {seed}",
+            negative_prompt=None,
+            width=1024,
+            height=1024,
+            steps=2,
+            cfg=2.0,
+            seed=seed,
+            scheduler="euler",
+            control=control,
+        )
 
     def release_memory(self) -> None:
         if self._device.type == "cuda":

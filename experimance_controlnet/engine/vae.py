@@ -45,18 +45,9 @@ class ImageDecoder:
         )
         return Frame(program, latents)
 
-    def recorded(self, width: int, height: int) -> bool:
-        """Whether images of this size, in pixels, decode as fast as they can."""
-        size = (height // 8, width // 8)
-        return size in self._programs and self._programs.get(size, _never).recorded
-
     def clear(self) -> None:
         """Give the memory of recorded decoders back."""
         self._programs.clear()
-
-
-def _never() -> _DecodeProgram:
-    raise AssertionError("the program is there")
 
 
 class _DecodeProgram:
@@ -72,10 +63,6 @@ class _DecodeProgram:
         self.pixels = latents.new_empty((8 * height, 8 * width, 3), dtype=torch.uint8)
         self.usable = latents.new_empty((), dtype=torch.bool)
         self.run = ReplayedWork(self._decode, recorder)
-
-    @property
-    def recorded(self) -> bool:
-        return self.run.recorded
 
     def _decode(self) -> None:
         frame = self._network(_unscale(self.vae, self.latents).to(self.vae.dtype))
@@ -107,6 +94,11 @@ class Frame:
     def ready(self) -> bool:
         """Whether :meth:`result` returns at once, or nearly: a second try is still possible."""
         return self._end is None or self._end.query()
+
+    def discard(self) -> None:
+        """Wait for the device; nobody wants the picture."""
+        if self._end is not None:
+            self._end.synchronize()
 
     @property
     def decode_s(self) -> float:

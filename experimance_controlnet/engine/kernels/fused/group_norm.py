@@ -19,7 +19,10 @@ SMALL_PIXELS = 1024
 """Up to this many pixels one launch is faster than three."""
 _CHANNELS = 64
 """A tile's width: divides every channel count of SDXL; 128 bytes a row in half precision."""
-_PROGRAMS = 1024
+_SPLITS = 256
+"""Parts into which an image is split for the sums, at most; a constant, so that one kernel is
+compiled for all sizes."""
+_PROGRAMS = 2048
 """About how many programs should sum: several waves of any GPU."""
 
 
@@ -188,7 +191,7 @@ def _three_launches(
     images, channels, height, width = x.shape
     pixels, blocks = height * width, triton.cdiv(channels, _CHANNELS)
     out = torch.empty_like(x)
-    splits = max(1, min(_PROGRAMS // (blocks * images), 256, triton.cdiv(pixels, 64)))
+    splits = max(1, min(_PROGRAMS // (blocks * images), _SPLITS, triton.cdiv(pixels, 64)))
     partial = x.new_empty((images, splits, 2, channels), dtype=torch.float32)
     scales = x.new_empty((images, 2, channels), dtype=torch.float32)
     _sums_kernel[(splits, blocks, images)](
@@ -198,7 +201,7 @@ def _three_launches(
     _scales_kernel[(groups, images)](
         partial, shift, weight, bias, scales,
         pixels, channels, channels // groups, splits, _stride(shift), eps,
-        HAS_SHIFT=shift is not None, SPLITS=triton.next_power_of_2(splits),
+        HAS_SHIFT=shift is not None, SPLITS=_SPLITS,
         COLUMNS=triton.next_power_of_2(channels // groups), num_warps=4,
     )  # fmt: skip
     _apply_kernel[(triton.cdiv(pixels, 64), blocks, images)](
