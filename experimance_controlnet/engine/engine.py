@@ -253,13 +253,17 @@ class Engine:
 
     def _drain_inbox(self) -> None:
         self._heartbeat_s = self._clock()
-        busy = len(self._batcher) or self._frames or self._runner.warm_up()
+        busy = bool(len(self._batcher) or self._frames)
         try:
-            self._inbox.get(timeout=0 if busy else IDLE_BEAT_S)()
+            self._inbox.get(timeout=0 if busy or self._warming_up else IDLE_BEAT_S)()
+            self._warming_up = False
             while True:
                 self._inbox.get_nowait()()
         except queue.Empty:
             self._heartbeat_s = self._clock()
+        if not len(self._batcher) and not self._frames:
+            # only after a beat in which nobody asked for anything: pauses between requests are short
+            self._warming_up = self._idle_beat and self._runner.warm_up()
 
     def _step(self, batch: list[RequestState]) -> None:
         ready = [state for state in batch if self._attempt(state, self._prepare, state)]

@@ -20,7 +20,6 @@ from experimance_controlnet.engine.vae import ImageDecoder
 from experimance_controlnet.errors import NanOutputError
 from tests.engine.oracle import mean_difference
 
-
 CPU = torch.device("cpu")
 
 
@@ -57,9 +56,7 @@ def make_decoder(vae: AutoencoderKL) -> ImageDecoder:
     return ImageDecoder(vae, VaeDecoder(vae), Recorder(CPU))
 
 
-def spoilt_decoder(
-    vae: AutoencoderKL, value: float, precisions: set[torch.dtype]
-) -> ImageDecoder:
+def spoilt_decoder(vae: AutoencoderKL, value: float, precisions: set[torch.dtype]) -> ImageDecoder:
     """A decoder of the VAE both of whose tries may be spoilt; changes ``vae``."""
     network = SpoiltNetwork(vae, value, precisions)
     module: Any = vae

@@ -133,9 +133,7 @@ def test_layer_norm(dtype: torch.dtype, columns: int) -> None:
 def test_add_layer_norm(dtype: torch.dtype, columns: int) -> None:
     inputs = randn(7, columns), randn(7, columns, seed=1), randn(columns, seed=2)
     bias = randn(columns, seed=3)
-    found, exact = both(
-        "add_layer_norm", dtype, *inputs, bias, call=lambda norm, *x: norm(*x, EPS)
-    )
+    found, exact = both("add_layer_norm", dtype, *inputs, bias, call=lambda norm, *x: norm(*x, EPS))
     for mine, theirs in zip(found, exact, strict=True):
         assert_near(mine, theirs, dtype)
 

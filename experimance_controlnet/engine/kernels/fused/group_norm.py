@@ -25,8 +25,12 @@ compiled for all sizes."""
 _PROGRAMS = 2048
 """About how many programs should sum: several waves of any GPU."""
 
+_ANY = ["pixels", "shift_stride"]
+"""Arguments whose value is no reason to compile anew; only ``channels`` decides how wide a load may
+be."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_ANY)
 def _small_kernel(
     x_ptr, shift_ptr, weight_ptr, bias_ptr, out_ptr,
     pixels, channels, group_channels, shift_stride, eps,
@@ -66,7 +70,7 @@ def _small_kernel(
         tl.store(out_ptr + at, value, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_ANY, "split_pixels"])
 def _sums_kernel(
     x_ptr, shift_ptr, partial_ptr, pixels, channels, split_pixels, shift_stride,
     HAS_SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -94,7 +98,7 @@ def _sums_kernel(
     tl.store(partial_ptr + at + channels, tl.sum(squares, axis=0), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_ANY, "splits"])
 def _scales_kernel(
     partial_ptr, shift_ptr, weight_ptr, bias_ptr, scales_ptr,
     pixels, channels, group_channels, splits, shift_stride, eps,
@@ -121,7 +125,7 @@ def _scales_kernel(
     tl.store(scales_ptr + at + channels, offset, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _apply_kernel(
     x_ptr, scales_ptr, out_ptr, pixels, channels,
     SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
