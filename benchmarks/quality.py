@@ -22,7 +22,7 @@ from experimance_controlnet.engine.request import PixelImage
 
 Result = dict[str, Any]
 
-MAX_RELATIVE_ERROR = {"fp16": 0.02, "fp8": 0.15}
+MAX_RELATIVE_ERROR = {"fp16": 0.01, "fp8": 0.15}
 """Beyond this the picture is another one, and its speed means nothing."""
 MIN_SENSITIVITY = 0.01
 """Below this the random weights do not depend on an input, and an error in it would not show."""
