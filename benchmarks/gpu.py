@@ -149,9 +149,11 @@ def run(bench: Bench, outcome: Result) -> bool:
         if options.out is not None:
             figures.save(figures.with_figures(outcome), options.out)
 
-    for part, work in bench.peer_parts().items():
-        if part in options.parts:
-            measure(figures.PEERS, part, work)
+    peer_parts = {part: w for part, w in bench.peer_parts().items() if part in options.parts}
+    # last, since it takes minutes and may not end
+    compiled = peer_parts.pop("compile", None)
+    for part, work in peer_parts.items():
+        measure(figures.PEERS, part, work)
     for precision in options.precision:
         for part, work in bench.our_parts(precision).items():
             if part not in options.parts:
@@ -160,6 +162,9 @@ def run(bench: Bench, outcome: Result) -> bool:
             if part == "verify" and outcome["measured"][precision][part].get("right") is False:
                 progress(f"NOT THE RIGHT PICTURE in {precision}: its speeds mean nothing")
                 right = False
+    if compiled is not None:
+        bench.drop_ours()
+        measure(figures.PEERS, "compile", compiled)
     return right
 
 

@@ -128,6 +128,11 @@ def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int
 
 def _make_runner(settings: Settings, catalog: Catalog, store: ModelStore) -> Runner:
     """Imports torch and the model libraries, which takes seconds; on the engine's thread."""
+    from experimance_controlnet.engine.kernels.compile import compile_in_background
+
+    if settings.model_device != "cpu":
+        compile_in_background()  # goes on beside the imports that follow
+
     from experimance_controlnet.engine.sdxl import SdxlRunner
 
     try:

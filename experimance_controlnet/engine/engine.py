@@ -110,6 +110,7 @@ class Engine:
         self._frames: dict[RequestState, PendingFrame] = {}  # being decoded, oldest first
         self._waiting: dict[Ticket, None] = {}  # for a load, in order of acceptance
         self._loads = Loads(runner, self._inbox.put, self._models_in_use)
+        self._warming_up = False  # the last beat prepared something, and there is more
         self._stopping = False
 
     # ---- any thread -------------------------------------------------------------------------
@@ -249,7 +250,10 @@ class Engine:
         batch = self._batcher.next_batch()
         if batch:
             self._step(batch)
+        busy = bool(batch or self._frames)
         self._deliver_frames(wait=not batch)
+        if not busy:
+            self._warm_up()
 
     def _drain_inbox(self) -> None:
         self._heartbeat_s = self._clock()
@@ -261,9 +265,14 @@ class Engine:
                 self._inbox.get_nowait()()
         except queue.Empty:
             self._heartbeat_s = self._clock()
-        if not len(self._batcher) and not self._frames:
-            # only after a beat in which nobody asked for anything: pauses between requests are short
-            self._warming_up = self._idle_beat and self._runner.warm_up()
+
+    def _warm_up(self) -> None:
+        """Prepare for what may be asked next.
+
+        After a picture the inbox is waited for first: the pauses of a busy client are shorter.
+        """
+        idle = not len(self._batcher) and not self._frames and self._inbox.empty()
+        self._warming_up = idle and self._runner.warm_up()
 
     def _step(self, batch: list[RequestState]) -> None:
         ready = [state for state in batch if self._attempt(state, self._prepare, state)]

@@ -103,6 +103,11 @@ def interleave(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return image
 
 
+def are_fused() -> bool:
+    """Whether CUDA tensors take the Triton kernels; imports them."""
+    return _fused() is not reference
+
+
 def _backend(x: torch.Tensor) -> ModuleType:
     return _fused() if x.is_cuda else reference
 

@@ -24,11 +24,12 @@ _SMALL_PX, _LARGE_PX = 16, 40
 
 
 def compile_in_background() -> None:
-    """Begin to compile what SDXL needs, on daemon threads; nothing to do without CUDA.
+    """Begin to compile what SDXL needs, on daemon threads; nothing to do without CUDA
+    and Triton.
 
     Who calls a kernel meanwhile compiles it by himself: the first to be done is kept.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or not kernels.are_fused():
         return
     for work in (_compile_for_unet, _compile_for_vae):
         threading.Thread(target=_report, args=(work,), name="compiler", daemon=True).start()
