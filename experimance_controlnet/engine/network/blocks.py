@@ -84,7 +84,8 @@ class Downsample:
         """Raises:
         BadWeightsError: it is no convolution.
         """
-        require(block.use_conv and block.padding == 1, "unusual downsampling")
+        plain = isinstance(block, Downsample2D) and block.use_conv and block.padding == 1
+        require(plain, "unusual downsampling")
         self._conv: Any = block.conv
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

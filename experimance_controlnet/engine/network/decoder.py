@@ -37,7 +37,12 @@ class VaeDecoder:
         middle = decoder.mid_block
         self._first, self._last = (Resnet(resnet) for resnet in middle.resnets)
         [self._attention] = middle.attentions
+        require(self._attention is not None, "a VAE without attention")
         require(self._attention.heads == 1, "a VAE with several attention heads")
+        require(
+            not any(hasattr(block, "attentions") for block in decoder.up_blocks),
+            "a VAE with attention in its up blocks",
+        )
         self._up = [
             (
                 [Resnet(resnet) for resnet in block.resnets],

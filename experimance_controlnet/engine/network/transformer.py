@@ -82,6 +82,7 @@ class _Block:
     def __init__(self, block: Any, columns: slice) -> None:
         feed_forward: Any = block.ff.net
         require(block.norm_type == "layer_norm", "transformer blocks without LayerNorm")
+        require(not block.only_cross_attention, "transformer blocks without self-attention")
         require(isinstance(feed_forward[0], GEGLU), "feed-forward layers without GEGLU")
         self._block = block
         self._self_attention = _SelfAttention(block.attn1)

@@ -58,6 +58,13 @@ class _Conditioned:
             module.class_embedding is None and not config.get("encoder_hid_dim_type"),
             "class or image embeddings",
         )
+        require(module.mid_block is not None, "no middle block")
+        require(not config.get("center_input_sample"), "a sample that is centred first")
+        require(getattr(module, "time_embed_act", None) is None, "unusual time embeddings")
+        require(
+            all(resnet.time_embedding_norm == "default" for resnet in resnets),
+            "unusual residual blocks",
+        )
         to_channels_last(module)
         self._module = module
         projections = [resnet.time_emb_proj for resnet in resnets]
@@ -205,7 +212,11 @@ class ControlNetwork(_Conditioned):
         """
         module: Any = controlnet
         super().__init__(module, *_parts([*module.down_blocks, module.mid_block]))
-        require(not module.config["global_pool_conditions"], "a ControlNet with pooled conditions")
+        config = module.config
+        require(not config["global_pool_conditions"], "a ControlNet with pooled conditions")
+        require(
+            config["controlnet_conditioning_channel_order"] == "rgb", "a ControlNet for BGR images"
+        )
         self._encoder = _Encoder(module, iter(self._columns))
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
