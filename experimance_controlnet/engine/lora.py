@@ -1,44 +1,54 @@
-"""Adapters: parsed by diffusers and peft, merged in place into the live weights, unmerged exactly.
+"""LoRA files: diffusers brings their layouts to one, and each pair of factors is read by its key.
 
-Live peft layers cost several times the speed of merged weights. So the deltas are added to the
-weights themselves, each time from a pristine copy of the layer: nothing accumulates, the order of
-switches does not matter, and the storage of a weight never moves.
+Nothing is injected into a module: that takes seconds, and the libraries skip what they do not know.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
-from peft.tuners.lora import LoraLayer
+from diffusers.utils.state_dict_utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.engine.checkpoint import SdxlModules
 from experimance_controlnet.engine.faults import is_fatal, is_out_of_memory
+from experimance_controlnet.engine.kernels.merge import pad_rank
 from experimance_controlnet.errors import BadAdapterError, BadWeightsError
 
-_ADAPTER = "adapter"
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _ALPHA_TAIL = re.compile(r"(_lora|\.lora_linear_layer|\.lora)?(\.down\.weight)?\.alpha$")
 # How diffusers' converter calls attention layers in its keys, and how the modules do.
 _UNET_LAYERS = {"to_out": "to_out.0"}
 _TEXT_LAYERS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 """What an SDXL adapter may change."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankDelta:
-    """What an adapter adds to one weight: ``scale * up @ down``, folded to the weight's shape."""
+    """What an adapter adds to one weight: ``scale * up @ down``, folded to the weight's shape.
 
-    down: torch.Tensor  # (rank, in_features x kernel)
+    The rank is the file's, filled up with zeros to what the kernels want.
+    """
+
+    down: torch.Tensor  # (rank, in_features x kernel), in the precision of the file
     up: torch.Tensor  # (out_features, rank)
-    scale: float  # alpha / rank
+    scale: float  # alpha / the file's rank
 
     def add_to(self, weight: torch.Tensor, strength: float) -> None:
         """In place; ``weight`` is fp32."""
@@ -100,45 +110,94 @@ def _refuse_dora(name: str, path: Path) -> None:
 def _read_component(
     component: str,
     modules: SdxlModules,
-    state_dict: dict[str, torch.Tensor],
-    alphas: dict[str, float] | None,
-    metadata: dict[str, Any] | None,
+    state_dict: Mapping[str, torch.Tensor],
+    alphas: Mapping[str, float] | None,
+    metadata: Mapping[str, Any] | None,
     device: torch.device,
 ) -> dict[str, LowRankDelta]:
-    """Let the libraries inject the adapter into an empty twin of the module, and read it off."""
-    if not any(key.startswith(f"{component}.") for key in state_dict):
+    """What is no pair of factors of a layer stays out; :func:`_check_complete` misses it."""
+    tensors = _of(component, state_dict)
+    if not tensors:
         return {}
-    live: Any = getattr(modules, component)
-    twin = _empty_twin(live)
-    options: dict[str, Any] = {"adapter_name": _ADAPTER, "metadata": metadata}
+    module: torch.nn.Module = getattr(modules, component)
+    tensors = _name_as_peft(component, module, tensors)
+    layers = dict(module.named_modules())
+    scale_of = _scales(_alphas_by_layer(component, alphas), _of(component, metadata or {}))
+    deltas: dict[str, LowRankDelta] = {}
+    for key, down in tensors.items():
+        path = key.removesuffix(_DOWN)
+        layer, up = layers.get(path), tensors.get(path + _UP)
+        if path != key and up is not None and isinstance(layer, _LAYERS):
+            _check_shapes(path, down, up, layer.weight)
+            scale = scale_of(path, len(down))
+            up, down = pad_rank(up.flatten(1), down.flatten(1))
+            deltas[path] = LowRankDelta(down.to(device), up.to(device), scale)
+    return deltas
+
+
+def _of(component: str, items: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"{component}."
+    return {k.removeprefix(prefix): v for k, v in items.items() if k.startswith(prefix)}
+
+
+def _name_as_peft(
+    component: str, module: torch.nn.Module, tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """``<path of the layer>.lora_A.weight`` for down, ``.lora_B.weight`` for up."""
     if component == "unet":
-        twin.load_lora_adapter(state_dict, prefix=component, low_cpu_mem_usage=True, **options)
-    else:
-        StableDiffusionXLLoraLoaderMixin.load_lora_into_text_encoder(
-            state_dict,
-            network_alphas=None,
-            text_encoder=twin,
-            prefix=component,
-            low_cpu_mem_usage=True,
-            **options,
-        )
-    by_layer = _alphas_by_layer(component, alphas)
-    return {
-        path: _read_layer(layer, live.get_parameter(f"{path}.weight"), by_layer.get(path), device)
-        for path, layer in twin.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+        unet: dict[str, torch.Tensor] = convert_unet_state_dict_to_peft(tensors)
+        return unet
+    if not all(key.endswith((_DOWN, _UP)) for key in tensors):
+        tensors = convert_state_dict_to_peft(convert_state_dict_to_diffusers(tensors))
+    if not hasattr(module, "text_model"):  # transformers from 5.6 on
+        tensors = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
+    return tensors
 
 
-def _empty_twin(module: Any) -> Any:
-    """Same class and configuration, weights uninitialised: memory that is never touched."""
-    with torch.device("meta"):
-        twin = (
-            type(module).from_config(module.config)
-            if hasattr(module, "from_config")
-            else type(module)(module.config)
-        )
-    return twin.to_empty(device="cpu")
+def _scales(
+    alphas: Mapping[str, float], metadata: Mapping[str, Any]
+) -> Callable[[str, int], float]:
+    """The scale of a layer by its path and rank: alpha / rank by kohya's alpha or the metadata's.
+
+    Without either alpha is the rank, as everywhere.
+    """
+    config = _config(metadata) if metadata else None
+
+    def scale_of(path: str, rank: int) -> float:
+        if path in alphas:
+            return alphas[path] / rank
+        return 1.0 if config is None else _configured_scale(config, path, rank)
+
+    return scale_of
+
+
+def _config(metadata: Mapping[str, Any]) -> LoraConfig:
+    try:
+        config = LoraConfig(**metadata)
+    except TypeError as error:  # a field that peft does not know
+        raise ValueError("metadata that are no LoraConfig") from error
+    if config.use_dora:
+        raise ValueError("a DoRA, which cannot be merged")
+    return config
+
+
+def _configured_scale(config: LoraConfig, path: str, rank: int) -> float:
+    """As peft computes it when it injects a layer."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    configured = ranks.get(get_pattern_key(list(ranks), path), config.r)
+    if configured != rank:
+        raise ValueError(f"{path} has rank {rank}; the metadata say {configured}")
+    alpha = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
+    return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _check_shapes(path: str, down: torch.Tensor, up: torch.Tensor, weight: torch.Tensor) -> None:
+    """A convolution's down has the kernel of the weight, its up is 1 x 1."""
+    rank = down.shape[0]
+    kernel = (1,) * (weight.ndim - 2)
+    if rank == 0 or down.shape[1:] != weight.shape[1:] or up.shape != (len(weight), rank, *kernel):
+        shapes = tuple(up.shape), tuple(down.shape), tuple(weight.shape)
+        raise ValueError("{}: up {}, down {} for a weight of {}".format(path, *shapes))
 
 
 def _alphas_by_layer(component: str, alphas: Mapping[str, float] | None) -> dict[str, float]:
@@ -159,27 +218,12 @@ def _alphas_by_layer(component: str, alphas: Mapping[str, float] | None) -> dict
     return found
 
 
-def _read_layer(
-    layer: Any, weight: torch.Tensor, alpha: float | None, device: torch.device
-) -> LowRankDelta:
-    down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-    delta = LowRankDelta(
-        down=down.detach().flatten(1).to(device),
-        up=up.detach().flatten(1).to(device),
-        # without an alpha of its own: what the metadata say, else alpha = rank
-        scale=float(layer.scaling[_ADAPTER]) if alpha is None else alpha / len(down),
-    )
-    if delta.up.shape[0] * delta.down.shape[1] != weight.numel():
-        raise ValueError(f"delta {tuple(up.shape)} x {tuple(down.shape)} for {tuple(weight.shape)}")
-    return delta
-
-
 def _check_complete(
     name: str,
     state_dict: Mapping[str, torch.Tensor],
     deltas: Mapping[str, Mapping[str, LowRankDelta]],
 ) -> None:
-    """The libraries only warn about what they do not use; half an adapter is a wrong one."""
+    """Half an adapter is a wrong one."""
     layers = sum(len(component) for component in deltas.values())
     if layers == 0 or 2 * layers != len(state_dict):
         raise BadAdapterError(
@@ -187,49 +231,3 @@ def _check_complete(
             f"Of the {len(state_dict)} tensors of the LoRA {name} only {2 * layers} are layers of "
             "the model.",
         )
-
-
-class AdapterMerger:
-    """Keeps one module's weights equal to pristine weights plus the wanted adapters."""
-
-    def __init__(self, component: str, module: torch.nn.Module) -> None:
-        """``component`` is the module's key in :attr:`LoraFactors.deltas`."""
-        self._component = component
-        self._module = module
-        self._pristine: dict[str, torch.Tensor] = {}
-        self._merged: tuple[tuple[LoraFactors, float], ...] | None = ()
-        self._altered: set[str] = set()
-
-    def apply(self, adapters: Sequence[tuple[LoraFactors, float]]) -> None:
-        """Make exactly these adapters, at these strengths, the ones that are merged.
-
-        Costs nothing where they are already.
-        """
-        wanted = tuple(adapters)
-        if wanted == self._merged:
-            return
-        self._merged = None  # until done: an error half-way must not leave a claim behind
-        touched: set[str] = set()
-        for factors, _ in adapters:
-            touched |= factors.deltas[self._component].keys()
-        for path in sorted(self._altered - touched):
-            self._weight(path).copy_(self._pristine[path])
-        for path in sorted(touched):
-            self._merge_layer(path, adapters)
-        self._altered = touched
-        self._merged = wanted
-
-    def _merge_layer(self, path: str, adapters: Sequence[tuple[LoraFactors, float]]) -> None:
-        weight = self._weight(path)
-        if path not in self._pristine:
-            self._pristine[path] = weight.detach().clone()
-        self._altered.add(path)  # from here on there is something to put back
-        total = self._pristine[path].float().contiguous().clone()
-        for factors, strength in adapters:
-            delta = factors.deltas[self._component].get(path)
-            if delta is not None:
-                delta.add_to(total, strength)
-        weight.copy_(total)
-
-    def _weight(self, path: str) -> torch.Tensor:
-        return self._module.get_parameter(f"{path}.weight")

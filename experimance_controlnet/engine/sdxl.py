@@ -15,12 +15,8 @@ from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.engine import denoise, vae
 from experimance_controlnet.engine.checkpoint import SdxlModules, load_checkpoint, load_controlnet
 from experimance_controlnet.engine.conditioning import PromptEncoder, depth_to_control
-from experimance_controlnet.engine.lora import (
-    COMPONENTS,
-    AdapterMerger,
-    LoraFactors,
-    load_lora,
-)
+from experimance_controlnet.engine.lora import COMPONENTS, LoraFactors, load_lora
+from experimance_controlnet.engine.merger import AdapterMerger
 from experimance_controlnet.engine.request import (
     Adapter,
     Asset,
