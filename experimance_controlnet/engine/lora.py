@@ -50,12 +50,6 @@ class LowRankDelta:
     up: torch.Tensor  # (out_features, rank)
     scale: float  # alpha / the file's rank
 
-    def add_to(self, weight: torch.Tensor, strength: float) -> None:
-        """In place; ``weight`` is fp32."""
-        weight.view(weight.shape[0], -1).addmm_(
-            self.up.float(), self.down.float(), alpha=self.scale * strength
-        )
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraFactors:

@@ -11,50 +11,113 @@ from collections.abc import Sequence
 
 import torch
 
+from experimance_controlnet.engine.kernels.merge import (
+    MergePlan,
+    Target,
+    Update,
+    as_matrix,
+    as_matrix_like,
+    make_plan,
+)
 from experimance_controlnet.engine.lora import LoraFactors
+
+_PLANS = 8
+"""Sets of adapters whose plans are kept: about a megabyte each, and some 50 ms to make anew."""
 
 
 class AdapterMerger:
-    """Keeps one module's weights equal to pristine weights plus the wanted adapters."""
+    """Keeps one module's weights equal to pristine weights plus the wanted adapters.
+
+    A switch writes every layer that any adapter has touched so far, whatever was written before.
+    """
 
     def __init__(self, component: str, module: torch.nn.Module) -> None:
         """``component`` is the module's key in :attr:`LoraFactors.deltas`."""
         self._component = component
         self._module = module
-        self._pristine: dict[str, torch.Tensor] = {}
+        self._layers: dict[str, torch.nn.Module] = {}  # all that were ever touched
+        self._pristine: dict[str, torch.Tensor] = {}  # of these
+        self._places: list[int] = []  # where the plans believe their weights to be
+        self._plans: dict[tuple[LoraFactors, ...], MergePlan] = {}  # the latest used is the last
         self._merged: tuple[tuple[LoraFactors, float], ...] | None = ()
-        self._altered: set[str] = set()
+
+    @property
+    def pristine_bytes(self) -> int:
+        """What the copies take on the module's device."""
+        return sum(copy.nbytes for copy in self._pristine.values())
 
     def apply(self, adapters: Sequence[tuple[LoraFactors, float]]) -> None:
         """Make exactly these adapters, at these strengths, the ones that are merged.
 
         Costs nothing where they are already.
+
+        Raises:
+            ValueError: an adapter does not fit the module; nothing is written.
         """
         wanted = tuple(adapters)
         if wanted == self._merged:
             return
         self._merged = None  # until done: an error half-way must not leave a claim behind
-        touched: set[str] = set()
-        for factors, _ in adapters:
-            touched |= factors.deltas[self._component].keys()
-        for path in sorted(self._altered - touched):
-            self._weight(path).copy_(self._pristine[path])
-        for path in sorted(touched):
-            self._merge_layer(path, adapters)
-        self._altered = touched
+        plan = self._plan(tuple(factors for factors, _ in wanted))
+        plan.run([strength for _, strength in wanted])
         self._merged = wanted
 
-    def _merge_layer(self, path: str, adapters: Sequence[tuple[LoraFactors, float]]) -> None:
-        weight = self._weight(path)
-        if path not in self._pristine:
-            self._pristine[path] = weight.detach().clone()
-        self._altered.add(path)  # from here on there is something to put back
-        total = self._pristine[path].float().contiguous().clone()
-        for factors, strength in adapters:
-            delta = factors.deltas[self._component].get(path)
-            if delta is not None:
-                delta.add_to(total, strength)
-        weight.copy_(total)
+    def release_pristine(self) -> None:
+        """Unmerge everything and give up the copies, the plans and all hold on the weights.
 
-    def _weight(self, path: str) -> torch.Tensor:
-        return self._module.get_parameter(f"{path}.weight")
+        The next adapters find the weights anew, wherever they are then. To be called before the
+        weights are moved or replaced for good; a weight that only moved is noticed without it.
+        """
+        self.apply(())
+        for held in (self._layers, self._pristine, self._places, self._plans):
+            held.clear()
+
+    def _plan(self, adapters: tuple[LoraFactors, ...]) -> MergePlan:
+        self._follow_the_weights()
+        plan = self._plans.pop(adapters, None)
+        if plan is None:
+            self._touch(adapters)
+            plan = make_plan([self._target(path, adapters) for path in self._pristine])
+        self._plans[adapters] = plan
+        if len(self._plans) > _PLANS:
+            del self._plans[next(iter(self._plans))]
+        return plan
+
+    def _touch(self, adapters: tuple[LoraFactors, ...]) -> None:
+        """Copy the layers that are touched for the first time, which no plan so far restores."""
+        touched = {path for factors in adapters for path in factors.deltas[self._component]}
+        for path in sorted(touched - self._pristine.keys()):
+            self._plans.clear()
+            layer = self._module.get_submodule(path)
+            self._pristine[path] = _weight(layer).clone()
+            self._layers[path] = layer
+            self._places.append(_place(layer))
+
+    def _follow_the_weights(self) -> None:
+        """Plans hold addresses: of weights that are elsewhere now they know nothing."""
+        places = [_place(layer) for layer in self._layers.values()]
+        if places != self._places:
+            self._plans.clear()
+            for path, copy in self._pristine.items():
+                self._pristine[path] = copy.to(_weight(self._layers[path]).device)
+            self._places = places
+
+    def _target(self, path: str, adapters: tuple[LoraFactors, ...]) -> Target:
+        weight = _weight(self._layers[path])
+        deltas = [factors.deltas[self._component].get(path) for factors in adapters]
+        updates = [
+            Update(delta.up, as_matrix_like(delta.down, weight), delta.scale, slot)
+            for slot, delta in enumerate(deltas)
+            if delta is not None
+        ]
+        pristine = as_matrix_like(self._pristine[path], weight)
+        return Target(as_matrix(weight), pristine, updates)
+
+
+def _place(layer: torch.nn.Module) -> int:
+    return layer.weight.data_ptr()  # type: ignore[operator]  # asked at every switch: no check
+
+
+def _weight(layer: torch.nn.Module) -> torch.Tensor:
+    assert isinstance(layer.weight, torch.Tensor)
+    return layer.weight.detach()

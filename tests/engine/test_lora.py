@@ -230,7 +230,7 @@ def test_an_error_half_way_leaves_nothing_behind(
     before = weights(modules.unet)
     merger = AdapterMerger("unet", modules.unet)
     for _ in range(2):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="for a weight of"):
             merger.apply([(bad, 1.0)])
     merger.apply([(good, 1.0)])
     assert changed(before, modules.unet)
