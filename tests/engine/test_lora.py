@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from experimance_controlnet.errors import BadAdapterError
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
+RANK = 4
+"""Of the embedded adapters."""
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,45 @@ def test_alpha_in_the_metadata_counts(modules: SdxlModules, tmp_path: Path) -> N
     deltas = load_lora("x", file, modules, CPU).deltas["unet"]
     assert deltas
     assert {delta.scale for delta in deltas.values()} == {0.25}
+
+
+def with_metadata(source: Path, target: Path, **fields: object) -> Path:
+    """The file with fields of peft's LoraConfig for the UNet."""
+    metadata = json.dumps({f"unet.{name}": value for name, value in fields.items()})
+    save_file(load_file(source), target, {"lora_adapter_metadata": metadata})
+    return target
+
+
+def test_metadata_scale_as_peft_does(
+    modules: SdxlModules, lora_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = lora_file("experimance_wilderness")
+    plain = load_lora("x", source, modules, CPU).deltas["unet"]
+    assert {delta.scale for delta in plain.values()} == {1.0}
+    first = next(iter(plain))
+    fields = {"r": RANK, "lora_alpha": 2 * RANK, "alpha_pattern": {first: RANK / 2}}
+    file = with_metadata(source, tmp_path / "patterns.safetensors", **fields)
+    scales = {
+        path: d.scale for path, d in load_lora("x", file, modules, CPU).deltas["unet"].items()
+    }
+    assert scales == {path: 0.5 if path == first else 2.0 for path in plain}
+    file = with_metadata(source, tmp_path / "rs.safetensors", r=RANK, lora_alpha=6, use_rslora=True)
+    stabilised = load_lora("x", file, modules, CPU).deltas["unet"]
+    assert {delta.scale for delta in stabilised.values()} == {6 / RANK**0.5}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"r": 2 * RANK}, {"r": RANK, "use_dora": True}, {"r": RANK, "unheard_of": 1}]
+)
+def test_metadata_that_cannot_be_followed_are_refused(
+    modules: SdxlModules,
+    lora_file: Callable[[str], Path],
+    tmp_path: Path,
+    fields: dict[str, object],
+) -> None:
+    file = with_metadata(lora_file("experimance_wilderness"), tmp_path / "x.safetensors", **fields)
+    with pytest.raises(BadAdapterError, match="bad"):
+        load_lora("bad", file, modules, CPU)
 
 
 def test_any_order_of_switches_is_exact(

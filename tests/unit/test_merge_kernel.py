@@ -54,9 +54,12 @@ def both(targets: list[Target], strengths: list[float]) -> list[tuple[torch.Tens
 
 
 def assert_last_place(mine: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal but for the last place of the precision, where the order of sums may show."""
-    epsilon = torch.finfo(mine.dtype).eps * (16 if mine.dtype == torch.float32 else 1)
-    torch.testing.assert_close(mine, theirs, rtol=epsilon, atol=epsilon)
+    """Equal but for the last place, where the order of sums and tf32 may show.
+
+    The terms of the sums reach 8, so where they cancel their last place counts, not the result's.
+    """
+    epsilon = torch.finfo(mine.dtype).eps * (8 if mine.dtype == torch.float32 else 1)
+    torch.testing.assert_close(mine, theirs, rtol=epsilon, atol=8 * epsilon)
 
 
 @pytest.mark.parametrize("factors", TYPES)

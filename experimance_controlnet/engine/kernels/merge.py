@@ -1,8 +1,8 @@
 """Low-rank updates of many matrices at once: ``weight = round(pristine + sum of s * up @ down)``.
 
-Sums are taken in fp32 whatever the precision of the weights and factors, products of fp16 and bf16
-factors are exact, and the sum is rounded to the weight's precision once, to the nearest. A matrix
-without updates becomes the pristine one to the bit. The same call gives the same bits every time.
+Sums are taken in fp32 whatever the precision of the weights and factors, and rounded to the
+weight's precision once, to the nearest. A matrix without updates becomes the pristine one to the
+bit. The same call gives the same bits every time.
 """
 
 from __future__ import annotations
