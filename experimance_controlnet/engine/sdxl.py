@@ -367,5 +367,10 @@ class SdxlRunner:
         )
 
     def release_memory(self) -> None:
+        # Programs are made again when they are needed.
+        for name in self._models.names:
+            model = self._models.peek(name)
+            model.programs.clear()
+            model.decoder.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

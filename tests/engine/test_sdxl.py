@@ -217,3 +217,9 @@ def test_pixels_are_a_picture(runner: SdxlRunner) -> None:
     assert image.shape == (256, 320, 3)
     assert image.dtype == np.uint8
     assert image.std() > 5
+
+
+def test_what_was_released_is_made_again(runner: SdxlRunner) -> None:
+    before = [draw_one(runner) for _ in range(3)]  # plain, recorded, replayed
+    runner.release_memory()
+    assert all_equal([*before, draw_one(runner)])
