@@ -19,8 +19,7 @@ log = structlog.get_logger()
 
 _UNET_CHANNELS = (320, 640, 960, 1280, 1920, 2560)
 _VAE_CHANNELS = (128, 256, 512)
-_SMALL_PX, _LARGE_PX = 16, 40
-"""A side of images that take GroupNorm's one launch, and of those that take its three."""
+_SIDE_PX = 16
 
 
 def compile_in_background() -> None:
@@ -49,10 +48,9 @@ def _compile_for_unet() -> None:
         kernels.layer_norm(x, row, row, 1e-5)
         kernels.add_layer_norm(x, x, row, row, 1e-5)
     kernels.geglu(tokens)
-    for side_px in (_LARGE_PX, _SMALL_PX):
-        for channels in _UNET_CHANNELS:
-            _group_norms(tokens.new_zeros((2, side_px, side_px, channels)), per_image=True)
-    image = tokens.new_zeros((2, 640, _SMALL_PX, _SMALL_PX))
+    for channels in _UNET_CHANNELS:
+        _group_norms(tokens.new_zeros((2, _SIDE_PX, _SIDE_PX, channels)), per_image=True)
+    image = tokens.new_zeros((2, 640, _SIDE_PX, _SIDE_PX))
     strength = torch.zeros(2, device="cuda")
     kernels.join(image, image, image, strength)
     kernels.join(image, image)
@@ -61,9 +59,8 @@ def _compile_for_unet() -> None:
 
 def _compile_for_vae() -> None:
     for channels in _VAE_CHANNELS:
-        image = torch.zeros(
-            (1, _LARGE_PX, _LARGE_PX, channels), dtype=torch.bfloat16, device="cuda"
-        )
+        size = (1, _SIDE_PX, _SIDE_PX, channels)
+        image = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
         _group_norms(image, per_image=False)
         image = image.permute(0, 3, 1, 2)
         kernels.add_bias(image, image[0, :, 0, 0].contiguous(), image)

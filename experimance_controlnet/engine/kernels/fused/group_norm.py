@@ -1,9 +1,9 @@
-"""GroupNorm for channels_last.
+"""GroupNorm for channels_last: three launches.
 
-Small images: one launch, one program a group, the second pass finds its data in the cache. Large
-ones: one read for sums per channel, a tiny launch that turns them into a scale and an offset per
-channel, one read and one write to apply those. All sums are taken in a fixed order, so results are
-the same bits every time.
+One read for sums per channel, a tiny launch that turns them into a scale and an offset per channel,
+one read and one write to apply those. All sums are taken in a fixed order, so results are the same
+bits every time. A single launch, a program for each group, is slower even on small images: it
+occupies too little of the device.
 
 Variance is E[x^2] - E[x]^2 in fp32: activations whose mean is a few deviations lose nothing that
 fp16 could show.
@@ -15,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-SMALL_PIXELS = 1024
-"""Up to this many pixels one launch is faster than three."""
 _CHANNELS = 64
 """A tile's width: divides every channel count of SDXL; 128 bytes a row in half precision."""
 _SPLITS = 256
@@ -28,46 +26,6 @@ _PROGRAMS = 2048
 _ANY = ["pixels", "shift_stride"]
 """Arguments whose value is no reason to compile anew; only ``channels`` decides how wide a load may
 be."""
-
-
-@triton.jit(do_not_specialize=_ANY)
-def _small_kernel(
-    x_ptr, shift_ptr, weight_ptr, bias_ptr, out_ptr,
-    pixels, channels, group_channels, shift_stride, eps,
-    HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    group, image = tl.program_id(0), tl.program_id(1)
-    column = tl.arange(0, COLUMNS)
-    inside = column < group_channels
-    channel = group * group_channels + column
-    shift = tl.zeros((COLUMNS,), tl.float32)
-    if HAS_SHIFT:
-        shift += tl.load(shift_ptr + image * shift_stride + channel, inside, 0.0).to(tl.float32)
-    start = image.to(tl.int64) * pixels * channels
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, pixels, ROWS):
-        row = first + tl.arange(0, ROWS)
-        mask = (row < pixels)[:, None] & inside[None, :]
-        at = start + row[:, None] * channels + channel[None, :]
-        value = tl.load(x_ptr + at, mask, 0.0).to(tl.float32) + shift[None, :]
-        value = tl.where(mask, value, 0.0)
-        sums += value
-        squares += value * value
-    count = pixels * group_channels
-    mean = tl.sum(sums) / count
-    variance = tl.maximum(tl.sum(squares) / count - mean * mean, 0.0)
-    scale = tl.load(weight_ptr + channel, inside, 0.0).to(tl.float32) / tl.sqrt(variance + eps)
-    offset = tl.load(bias_ptr + channel, inside, 0.0).to(tl.float32) + (shift - mean) * scale
-    for first in range(0, pixels, ROWS):
-        row = first + tl.arange(0, ROWS)
-        mask = (row < pixels)[:, None] & inside[None, :]
-        at = start + row[:, None] * channels + channel[None, :]
-        value = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-        value = value * scale[None, :] + offset[None, :]
-        if SILU:
-            value = value / (1.0 + tl.exp(-value))
-        tl.store(out_ptr + at, value, mask)
 
 
 @triton.jit(do_not_specialize=[*_ANY, "split_pixels"])
@@ -157,41 +115,6 @@ def group_norm(
     shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
-    small = x.shape[2] * x.shape[3] <= SMALL_PIXELS
-    norm = _one_launch if small else _three_launches
-    return norm(x, weight, bias, groups, eps, silu, shift)
-
-
-def _one_launch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    shift: torch.Tensor | None,
-) -> torch.Tensor:
-    images, channels, height, width = x.shape
-    out = torch.empty_like(x)
-    columns = triton.next_power_of_2(channels // groups)
-    _small_kernel[(groups, images)](
-        x, shift, weight, bias, out,
-        height * width, channels, channels // groups, _stride(shift), eps,
-        HAS_SHIFT=shift is not None, SILU=silu, ROWS=max(1, 8192 // columns), COLUMNS=columns,
-        num_warps=8,
-    )  # fmt: skip
-    return out
-
-
-def _three_launches(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    shift: torch.Tensor | None,
-) -> torch.Tensor:
     images, channels, height, width = x.shape
     pixels, blocks = height * width, triton.cdiv(channels, _CHANNELS)
     out = torch.empty_like(x)
