@@ -272,7 +272,16 @@ class Engine:
         After a picture the inbox is waited for first: the pauses of a busy client are shorter.
         """
         idle = not len(self._batcher) and not self._frames and self._inbox.empty()
-        self._warming_up = idle and self._runner.warm_up()
+        self._warming_up = False
+        try:
+            self._warming_up = idle and self._runner.warm_up()
+        except Exception as error:  # nobody asked for it: it may cost time, but no request
+            if is_fatal(error):
+                raise
+            log.warning("warm_up_failed", error=repr(error))
+        else:
+            return
+        self._runner.release_memory()  # where the error no longer keeps its tensors alive
 
     def _step(self, batch: list[RequestState]) -> None:
         ready = [state for state in batch if self._attempt(state, self._prepare, state)]

@@ -49,9 +49,9 @@ class FakeFrame:
 class FakeRunner:
     """Takes ``step_s`` seconds a step and ``load_s`` a model; a frame is ready after ``frame_s``.
 
-    ``fault(operation, requests)`` is called before each of ``make_room`` and ``load`` (without
-    requests), ``admit``, ``prepare``, ``predict``, ``advance`` and ``decode``: raise in it to make
-    that fail.
+    ``fault(operation, requests)`` is called before each of ``make_room``, ``load`` and ``warm_up``
+    (without requests), ``admit``, ``prepare``, ``predict``, ``advance`` and ``decode``: raise in it
+    to make that fail.
     """
 
     device_name = "fake"
@@ -131,6 +131,7 @@ class FakeRunner:
         return FakeFrame(state.request, time.monotonic() + self._frame_s)
 
     def warm_up(self) -> bool:
+        self._fault("warm_up", [])
         return False
 
     def release_memory(self) -> None:

@@ -349,9 +349,9 @@ class SdxlRunner:
 
     def _standard_request(self, model: str, seed: int) -> GenerationRequest:
         """What most clients ask for, with a ControlNet where one is in memory."""
-        control = None
-        for name in self._controlnets:
-            control = Control(name, np.zeros((8, 8), dtype=np.float32), strength=1.0)
+        flat = np.zeros((8, 8), dtype=np.float32)
+        name = next(iter(self._controlnets), None)
+        control = None if name is None else Control(name, flat, strength=1.0)
         return GenerationRequest(
             request_id="warm-up",
             model=model,

@@ -413,3 +413,21 @@ def test_every_ticket_ends_exactly_once(start: StartEngine) -> None:
     assert set(ended) <= {None, GenerationError, RequestAbortedError}
     assert {None, GenerationError} <= set(ended)
     assert engine.health().queue_depth == 0
+
+
+@pytest.mark.parametrize(("text", "survives"), [("out of memory", True), ("cuda error", False)])
+def test_a_warm_up_that_fails_costs_no_request(
+    start: StartEngine, text: str, survives: bool
+) -> None:
+    tried, died = threading.Event(), threading.Event()
+
+    def fault(at: str, requests: list[GenerationRequest]) -> None:
+        if at == "warm_up":
+            tried.set()
+            raise RuntimeError(text)
+
+    engine = start(FakeRunner(fault=fault), on_death=died.set)
+    assert tried.wait(WAIT_S)
+    if survives:
+        assert outcomes(engine.submit([request()])) == [None]
+    assert died.wait(0.2 if survives else WAIT_S) is not survives
