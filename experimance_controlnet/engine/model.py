@@ -1,0 +1,142 @@
+"""One SDXL checkpoint on the device, and everything that a request asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from experimance_controlnet.catalog.specs import ModelSpec
+from experimance_controlnet.engine.checkpoint import SdxlModules
+from experimance_controlnet.engine.conditioning import PromptEncoder
+from experimance_controlnet.engine.denoise import StepProgram, StepShape, shape_of
+from experimance_controlnet.engine.graphs import ProgramCache, Recorder
+from experimance_controlnet.engine.lora import COMPONENTS, LoraFactors
+from experimance_controlnet.engine.merger import AdapterMerger
+from experimance_controlnet.engine.network.decoder import VaeDecoder
+from experimance_controlnet.engine.network.unet import ControlNetwork, UnetNetwork
+from experimance_controlnet.engine.request import (
+    Adapter,
+    Conditioning,
+    GenerationRequest,
+    RequestState,
+)
+from experimance_controlnet.engine.schedulers import (
+    NoiseScheduler,
+    make_scheduler,
+    scheduler_config,
+)
+from experimance_controlnet.engine.vae import Frame, ImageDecoder
+
+_STEP_SHAPES = 24
+"""Shapes of a step for which a model keeps a program: 8 numbers of rows at three sizes."""
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+class SdxlModel:
+    """Text encoders, UNet and VAE of one checkpoint, and the adapters read for it.
+
+    The engine's thread only; ``modules`` may also be read by the one that loads adapters.
+    """
+
+    def __init__(self, spec: ModelSpec, modules: SdxlModules, recorder: Recorder) -> None:
+        """Takes the modules over: their weights are laid out anew.
+
+        Raises:
+            BadWeightsError: they are not built as SDXL's are.
+        """
+        self.modules = modules
+        self.adapters: dict[str, LoraFactors] = {}
+        """Read against these modules, by name."""
+        self._spec = spec
+        self._recorder = recorder
+        self._unet = UnetNetwork(modules.unet)
+        self._decoder = ImageDecoder(modules.vae, VaeDecoder(modules.vae), recorder)
+        self._prompts = PromptEncoder(modules, self._unet.device, recorder)
+        self._mergers = {name: AdapterMerger(name, getattr(modules, name)) for name in COMPONENTS}
+        self._programs: ProgramCache[StepShape, StepProgram] = ProgramCache(_STEP_SHAPES)
+
+    def scheduler(self, request: GenerationRequest) -> NoiseScheduler:
+        """A scheduler for this request alone: schedulers carry state."""
+        return make_scheduler(
+            request.scheduler,
+            scheduler_config(self._spec, request.scheduler),
+            request.steps,
+            request.use_karras_sigmas,
+        )
+
+    def token_chunks(self, request: GenerationRequest) -> int:
+        """Chunks of 77 tokens: the longer of prompt and negative prompt."""
+        _, chunks = self._prompts.count_tokens(request.prompt)
+        if request.negative_prompt is not None and request.rows == 2:
+            chunks = max(chunks, self._prompts.count_tokens(request.negative_prompt)[1])
+        return chunks
+
+    def noise(self, state: RequestState) -> torch.Tensor:
+        """The latents that the request begins with, (1, 4, H/8, W/8) fp32 on the device."""
+        request = state.request
+        size = (1, self._unet.latent_channels, request.height // 8, request.width // 8)
+        # drawn on the CPU: a seed gives the same noise on every device and in every batch
+        noise = torch.randn(size, generator=state.generator, dtype=torch.float32)
+        latents: torch.Tensor = noise * state.scheduler.init_noise_sigma
+        return latents.to(self._unet.device)
+
+    def condition(
+        self, request: GenerationRequest, chunks: int, control_features: torch.Tensor | None
+    ) -> Conditioning:
+        """Encode the prompts, padded to ``chunks``, with the request's adapters merged."""
+        adapters = self._merge(request.adapters, _TEXT_ENCODERS)
+        weights_key = tuple((a.name, w) for a, w in adapters if a.touches_text())
+        prompts = [self._prompts.encode(request.prompt, chunks, weights_key)]
+        if request.rows == 2 and request.negative_prompt is not None:
+            negative = self._prompts.encode(request.negative_prompt, chunks, weights_key)
+            prompts.insert(0, negative)
+        embeds = torch.cat([prompt.embeds for prompt in prompts])
+        pooled = torch.cat([prompt.pooled for prompt in prompts])
+        if request.rows == 2 and request.negative_prompt is None:
+            # SDXL was trained with zeros, not with the encoding of "", as the absent prompt
+            embeds = torch.cat([torch.zeros_like(embeds), embeds])
+            pooled = torch.cat([torch.zeros_like(pooled), pooled])
+        # original size, crop corner and target size: the picture is whole and of this size
+        size = (request.height, request.width)
+        dtype = self._unet.dtype
+        time_ids = torch.tensor([[*size, 0, 0, *size]] * request.rows, dtype=dtype)
+        return Conditioning(
+            prompt_embeds=embeds.to(dtype),
+            pooled_embeds=pooled.to(dtype),
+            time_ids=time_ids.to(self._unet.device),
+            control_features=control_features,
+            prompt_tokens=self._prompts.count_tokens(request.prompt)[0],
+            negative_prompt_tokens=self._prompts.count_tokens(request.negative_prompt or "")[0],
+        )
+
+    def predict(
+        self, states: Sequence[RequestState], controlnets: Mapping[str, ControlNetwork]
+    ) -> list[torch.Tensor]:
+        """The guided noise of each request, (1, 4, H/8, W/8) fp32, with their adapters merged."""
+        self._merge(states[0].key.adapters, ("unet",))
+        shape = shape_of(states)
+        program = self._programs.get(shape, lambda: self._program(shape, controlnets))
+        return program(states)
+
+    def decode(self, latents: torch.Tensor) -> Frame:
+        """Begin to make pixels of latents (1, 4, h, w) fp32."""
+        return self._decoder.decode(latents)
+
+    def release_memory(self) -> None:
+        """Give up the programs; they are made again when they are needed."""
+        self._programs.clear()
+        self._decoder.clear()
+
+    def _program(self, shape: StepShape, controlnets: Mapping[str, ControlNetwork]) -> StepProgram:
+        acting = {name: controlnets[name] for name in shape.controlnets}
+        return StepProgram(shape, self._unet, acting, self._recorder)
+
+    def _merge(
+        self, adapters: Sequence[Adapter], components: Sequence[str]
+    ) -> list[tuple[LoraFactors, float]]:
+        """Make these adapters the ones merged into these components."""
+        factors = [(self.adapters[adapter.name], adapter.weight) for adapter in adapters]
+        for component in components:
+            self._mergers[component].apply(factors)
+        return factors
