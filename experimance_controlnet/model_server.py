@@ -100,9 +100,12 @@ def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int
     # Only now: --help and a bad flag should not wait for them.
     from experimance_controlnet.engine.engine import Engine
     from experimance_controlnet.engine.late import LateRunner
+    from experimance_controlnet.engine.precompile import compile_in_background
     from experimance_controlnet.server.app import create_app
     from experimance_controlnet.server.serve import DEATH_LIMIT_S, Server, exit_after
 
+    if settings.model_device != "cpu":
+        compile_in_background()  # goes on beside the imports that follow
     store = ModelStore(settings.models_dir)
     runner = LateRunner(partial(_make_runner, settings, catalog, store), settings.model_device)
     engine = Engine(
@@ -128,11 +131,6 @@ def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int
 
 def _make_runner(settings: Settings, catalog: Catalog, store: ModelStore) -> Runner:
     """Imports torch and the model libraries, which takes seconds; on the engine's thread."""
-    from experimance_controlnet.engine.kernels.compile import compile_in_background
-
-    if settings.model_device != "cpu":
-        compile_in_background()  # goes on beside the imports that follow
-
     from experimance_controlnet.engine.sdxl import SdxlRunner
 
     try:

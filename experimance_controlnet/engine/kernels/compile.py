@@ -1,70 +1,79 @@
-"""Compile the kernels before anybody waits for them.
+"""Compiles all kernels that SDXL needs on this GPU into Triton's cache; a program of its own.
 
-Triton compiles a kernel when it is first called, a second or so for each: ten seconds for SDXL on
-an empty cache. Most of that is not Python's, so it goes on beside imports and the reading of files.
+``engine/precompile.py`` runs it beside the start of the server.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-import structlog
 import torch
 
 from experimance_controlnet.engine import kernels
-
-log = structlog.get_logger()
+from experimance_controlnet.engine.kernels.merge import RANK_MULTIPLE, Target, Update, make_plan
 
 _UNET_CHANNELS = (320, 640, 960, 1280, 1920, 2560)
 _VAE_CHANNELS = (128, 256, 512)
 _SIDE_PX = 16
+_THREADS = 4
+"""LLVM and the assembler work without Python; more threads than this wait for it."""
 
 
-def compile_in_background() -> None:
-    """Begin to compile what SDXL needs, on daemon threads; nothing to do without CUDA
-    and Triton.
-
-    Who calls a kernel meanwhile compiles it by himself: the first to be done is kept.
-    """
+def main() -> None:
+    """Nothing to do without CUDA and Triton."""
     if not torch.cuda.is_available() or not kernels.are_fused():
         return
-    for work in (_compile_for_unet, _compile_for_vae):
-        threading.Thread(target=_report, args=(work,), name="compiler", daemon=True).start()
+    work = [_for_transformers, _for_joints, _for_adapters]
+    work += [partial(_for_unet_norms, channels) for channels in _UNET_CHANNELS]
+    work += [partial(_for_vae, channels) for channels in _VAE_CHANNELS]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for done in [pool.submit(piece) for piece in work]:
+            done.result()
 
 
-def _report(work: Callable[[], None]) -> None:
-    started_s = time.monotonic()
-    with torch.inference_mode():
-        work()
-    log.info("kernels_compiled", part=work.__name__, seconds=round(time.monotonic() - started_s, 3))
-
-
-def _compile_for_unet() -> None:
+@torch.inference_mode()
+def _for_transformers() -> None:
     tokens = torch.zeros((16, 640), dtype=torch.float16, device="cuda")
     for channels in (640, 1280):
         row, x = tokens.new_zeros(channels), tokens.new_zeros((16, channels))
         kernels.layer_norm(x, row, row, 1e-5)
         kernels.add_layer_norm(x, x, row, row, 1e-5)
     kernels.geglu(tokens)
-    for channels in _UNET_CHANNELS:
-        _group_norms(tokens.new_zeros((2, _SIDE_PX, _SIDE_PX, channels)), per_image=True)
-    image = tokens.new_zeros((2, 640, _SIDE_PX, _SIDE_PX))
-    strength = torch.zeros(2, device="cuda")
-    kernels.join(image, image, image, strength)
+
+
+@torch.inference_mode()
+def _for_joints() -> None:
+    image = torch.zeros((2, 640, _SIDE_PX, _SIDE_PX), dtype=torch.float16, device="cuda")
+    kernels.join(image, image, image, torch.zeros(2, device="cuda"))
     kernels.join(image, image)
-    kernels.add_bias(image, tokens[0], image)
+    kernels.add_bias(image, image[0, :, 0, 0].contiguous(), image)
 
 
-def _compile_for_vae() -> None:
-    for channels in _VAE_CHANNELS:
-        size = (1, _SIDE_PX, _SIDE_PX, channels)
-        image = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
-        _group_norms(image, per_image=False)
-        image = image.permute(0, 3, 1, 2)
-        kernels.add_bias(image, image[0, :, 0, 0].contiguous(), image)
-    kernels.interleave(image, image.new_zeros(channels // 4))
+@torch.inference_mode()
+def _for_adapters() -> None:
+    weight = torch.zeros((64, 64), dtype=torch.float16, device="cuda")
+    for rank in (RANK_MULTIPLE, 2 * RANK_MULTIPLE):
+        down = weight.new_zeros((rank, 64))
+        update = Update(down.T.contiguous(), down, scale=1.0, slot=0)
+        make_plan([Target(weight, weight.clone(), [update])]).run([1.0])
+
+
+@torch.inference_mode()
+def _for_unet_norms(channels: int) -> None:
+    size = (2, _SIDE_PX, _SIDE_PX, channels)
+    _group_norms(torch.zeros(size, dtype=torch.float16, device="cuda"), per_image=True)
+
+
+@torch.inference_mode()
+def _for_vae(channels: int) -> None:
+    size = (1, _SIDE_PX, _SIDE_PX, channels)
+    image = torch.zeros(size, dtype=torch.bfloat16, device="cuda")
+    _group_norms(image, per_image=False)
+    image = image.permute(0, 3, 1, 2)
+    kernels.add_bias(image, image[0, :, 0, 0].contiguous(), image)
+    if channels == max(_VAE_CHANNELS):
+        kernels.interleave(image, image.new_zeros(channels // 4))
 
 
 def _group_norms(pixels: torch.Tensor, per_image: bool) -> None:
@@ -75,3 +84,7 @@ def _group_norms(pixels: torch.Tensor, per_image: bool) -> None:
     kernels.group_norm(x, row, row, 32, 1e-5, silu=True)
     kernels.group_norm(x, row, row, 32, 1e-5, silu=True, shift=shift)
     kernels.group_norm(x, row, row, 32, 1e-5)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from experimance_controlnet.engine.kernels.merge import Target, pad_rank
+from experimance_controlnet.engine.transfers import to_device
 
 _ROWS, _COLUMNS, _WARPS = 32, 256, 4  # the fastest of eight shapes on an H100; 128 x 128 spills
 _ALIGNMENT_BYTES = 16
@@ -152,7 +153,7 @@ class _Launch:
             self._tile_layers,
             self._layers,
             self._updates,
-            _send(scales.float(), self._device),
+            to_device(scales.float(), self._device),
             WEIGHT=_TYPES[self._weight_type],
             FACTOR=_TYPES[self._factor_type],
             ALIGNED=self._aligned,
@@ -200,10 +201,3 @@ def _layer_rows(targets: Sequence[Target]) -> tuple[list[tuple[int, ...]], list[
         first_tile += tiles[-1]
         first_update = end_update
     return layers, tiles
-
-
-def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device without waiting for what it is doing."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
