@@ -6,6 +6,8 @@ import re
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsType
@@ -14,10 +16,13 @@ from experimance_controlnet.engine.checkpoint import SdxlModules
 from experimance_controlnet.engine.graphs import Recorder
 from experimance_controlnet.engine.request import DepthImage
 from experimance_controlnet.engine.text import RecordedTextEncoder
+from experimance_controlnet.engine.transfers import to_device
 
 # One digit before the point: "(at 12:30)" is a time, and weights of 10 make noise.
 _WEIGHTED = re.compile(r"(?<!\\)\(([^()]+):\s*(\d(?:\.\d+)?)\s*\)")
 _CHUNK_TOKENS = 77
+_KNOWN_PROMPTS = 1024
+"""Prompts whose tokens are kept: they are asked for several times a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,19 @@ class Fragment:
 
     text: str
     weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A prompt as both tokenizers see it."""
+
+    count: int
+    """Without marks and padding. The larger of the two: they differ where a prompt holds "!", the
+    padding of the second tokenizer."""
+    chunks: int
+    """Of 77 tokens, marks included, that the longer of the two needs."""
+    ids: tuple[torch.Tensor, ...]
+    """By tokenizer, (77 x its own chunks,), with marks and padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +88,17 @@ class PromptEncoder:
             (modules.tokenizer, RecordedTextEncoder(modules.text_encoder, recorder)),
             (modules.tokenizer_2, RecordedTextEncoder(modules.text_encoder_2, recorder)),
         )
+        # of the tokenizers alone: a cache that held this object would keep its encoders alive
+        tokenizers = (modules.tokenizer, modules.tokenizer_2)
+        self._tokenize = lru_cache(_KNOWN_PROMPTS)(partial(_tokenize, tokenizers))
         self._device = device
         self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
         self._cache_chunks = cache_chunks
         self._cached_chunks = 0
 
-    def count_tokens(self, prompt: str) -> tuple[int, int]:
-        """Tokens, and chunks of 77 that they need with their start and end marks. No device.
-
-        The larger of the two tokenizers' counts: they differ where a prompt holds "!", the padding
-        of the second.
-        """
-        fragments = parse_weights(prompt)
-        texts, weights = _columns(fragments)
-        tokens, chunks = [], []
-        for index in range(len(self._pairs)):
-            provider = self._provider(index)
-            ids = provider.get_token_ids(texts, include_start_and_end_markers=False)
-            padded, _, _ = provider.get_token_ids_and_expand_weights(texts, weights, device="cpu")
-            tokens.append(sum(map(len, ids)))
-            chunks.append(len(padded) // _CHUNK_TOKENS)
-        return max(tokens), max(chunks)
+    def tokens(self, prompt: str) -> Tokens:
+        """The prompt's tokens; no device is needed."""
+        return self._tokenize(prompt)
 
     def encode(self, prompt: str, chunks: int, weights_key: Hashable = None) -> PromptEmbedding:
         """Encode, padded to ``chunks`` with the embedding of nothing.
@@ -109,9 +117,9 @@ class PromptEncoder:
 
     def _encode(self, prompt: str, chunks: int) -> PromptEmbedding:
         fragments = parse_weights(prompt)
+        if chunks == 1 and len(fragments) == 1 and fragments[0].weight == 1.0:
+            return self._encode_plain(self.tokens(prompt))
         texts, weights = _columns(fragments)
-        if chunks == 1 and all(weight == 1.0 for weight in weights):
-            return self._encode_plain("".join(texts))
         columns = []
         for index in range(len(self._pairs)):
             provider = self._provider(index)
@@ -124,13 +132,11 @@ class PromptEncoder:
         pooled = self._provider(1).get_pooled_embeddings(["".join(texts)], device=self._device)
         return PromptEmbedding(embeds=torch.cat(columns, dim=-1), pooled=pooled)
 
-    def _encode_plain(self, text: str) -> PromptEmbedding:
+    def _encode_plain(self, tokens: Tokens) -> PromptEmbedding:
         """One chunk without weights: nothing here waits for the device, as compel would."""
-        outputs = []
-        for index, (_, encoder) in enumerate(self._pairs):
-            provider = self._provider(index)
-            [token_ids] = provider.get_token_ids([text], padding="max_length")
-            outputs.append(encoder(torch.tensor([token_ids])))
+        outputs = [
+            encoder(ids[None]) for (_, encoder), ids in zip(self._pairs, tokens.ids, strict=True)
+        ]
         embeds = torch.cat([output.hidden_states[0] for output in outputs], dim=-1)
         return PromptEmbedding(embeds=embeds, pooled=outputs[1].text_embeds)
 
@@ -146,6 +152,18 @@ class PromptEncoder:
         )
 
 
+def _tokenize(tokenizers: tuple[Any, Any], prompt: str) -> Tokens:
+    texts, weights = _columns(parse_weights(prompt))
+    counts, ids = [], []
+    for tokenizer in tokenizers:
+        provider = EmbeddingsProvider(tokenizer, None, truncate=False, device="cpu")
+        found = provider.get_token_ids(texts, include_start_and_end_markers=False)
+        padded, _, _ = provider.get_token_ids_and_expand_weights(texts, weights, device="cpu")
+        counts.append(sum(map(len, found)))
+        ids.append(padded)
+    return Tokens(max(counts), max(map(len, ids)) // _CHUNK_TOKENS, tuple(ids))
+
+
 def _columns(fragments: list[Fragment]) -> tuple[list[str], list[float]]:
     return [part.text for part in fragments], [part.weight for part in fragments]
 
@@ -156,7 +174,7 @@ def depth_to_control(
     """The ControlNet's input: (1, 3, height, width) in 0..1, resized where the map is of another
     size. Resizing a depth image keeps its full precision, 16 bit included.
     """
-    image = torch.from_numpy(depth).to(device)[None, None]  # (1, 1, h, w) fp32
+    image = to_device(torch.from_numpy(depth), device)[None, None]  # (1, 1, h, w) fp32
     if image.shape[-2:] != (height, width):
         image = torch.nn.functional.interpolate(
             image, size=(height, width), mode="bicubic", antialias=True

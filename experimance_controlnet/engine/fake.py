@@ -114,7 +114,7 @@ class FakeRunner:
     def prepare(self, state: RequestState) -> None:
         self._fault("prepare", [state.request])
         nothing = torch.empty(0)
-        state.conditioning = Conditioning(nothing, nothing, nothing, None, 1, 0)
+        state.conditioning = Conditioning(nothing, nothing, None, 1, 0)
 
     def predict(self, states: Sequence[RequestState]) -> Sequence[Any]:
         self.batches.append([state.request.request_id for state in states])

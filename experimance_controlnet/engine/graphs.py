@@ -15,6 +15,7 @@ import torch
 Work = Callable[[], None]
 """Reads and writes only buffers that stay where they are; leaves no other tensor behind."""
 
+ResultT = TypeVar("ResultT")
 ProgramT = TypeVar("ProgramT")
 KeyT = TypeVar("KeyT", bound=Hashable)
 
@@ -25,6 +26,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # One pool for all graphs: they run one after the other and keep nothing in it between.
         self._pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
 
@@ -44,8 +46,37 @@ class Recorder:
                 work()
             finally:
                 graph.capture_end()
+        # What the first run needed for itself stays cached otherwise, for nobody.
+        torch.cuda.empty_cache()
         replay: Work = graph.replay
         return replay
+
+    def branch(self, work: Callable[[], ResultT]) -> Branch[ResultT]:
+        """Begin work that goes on beside what follows; a branch of the graph where one is recorded.
+
+        There is one at a time. It must not write what the work beside it reads.
+        """
+        return Branch(work, self._side_stream)
+
+
+class Branch(Generic[ResultT]):
+    """Work on a stream of its own. Without CUDA it is done at once."""
+
+    def __init__(self, work: Callable[[], ResultT], stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+        if stream is None:
+            self._result = work()
+            return
+        # This also protects the memory of the last branch, which whoever joined it may still read.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._result = work()
+
+    def join(self) -> ResultT:
+        """The result; what follows on the current stream waits for it, the host does not."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        return self._result
 
 
 class ReplayedWork:

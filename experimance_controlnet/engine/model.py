@@ -26,6 +26,7 @@ from experimance_controlnet.engine.schedulers import (
     make_scheduler,
     scheduler_config,
 )
+from experimance_controlnet.engine.transfers import to_device
 from experimance_controlnet.engine.vae import Frame, ImageDecoder
 
 _STEP_SHAPES = 24
@@ -67,9 +68,9 @@ class SdxlModel:
 
     def token_chunks(self, request: GenerationRequest) -> int:
         """Chunks of 77 tokens: the longer of prompt and negative prompt."""
-        _, chunks = self._prompts.count_tokens(request.prompt)
+        chunks = self._prompts.tokens(request.prompt).chunks
         if request.negative_prompt is not None and request.rows == 2:
-            chunks = max(chunks, self._prompts.count_tokens(request.negative_prompt)[1])
+            chunks = max(chunks, self._prompts.tokens(request.negative_prompt).chunks)
         return chunks
 
     def noise(self, state: RequestState) -> torch.Tensor:
@@ -79,7 +80,7 @@ class SdxlModel:
         # drawn on the CPU: a seed gives the same noise on every device and in every batch
         noise = torch.randn(size, generator=state.generator, dtype=torch.float32)
         latents: torch.Tensor = noise * state.scheduler.init_noise_sigma
-        return latents.to(self._unet.device)
+        return to_device(latents, self._unet.device)
 
     def condition(
         self, request: GenerationRequest, chunks: int, control_features: torch.Tensor | None
@@ -97,17 +98,12 @@ class SdxlModel:
             # SDXL was trained with zeros, not with the encoding of "", as the absent prompt
             embeds = torch.cat([torch.zeros_like(embeds), embeds])
             pooled = torch.cat([torch.zeros_like(pooled), pooled])
-        # original size, crop corner and target size: the picture is whole and of this size
-        size = (request.height, request.width)
-        dtype = self._unet.dtype
-        time_ids = torch.tensor([[*size, 0, 0, *size]] * request.rows, dtype=dtype)
         return Conditioning(
-            prompt_embeds=embeds.to(dtype),
-            pooled_embeds=pooled.to(dtype),
-            time_ids=time_ids.to(self._unet.device),
+            prompt_embeds=embeds.to(self._unet.dtype),
+            pooled_embeds=pooled.to(self._unet.dtype),
             control_features=control_features,
-            prompt_tokens=self._prompts.count_tokens(request.prompt)[0],
-            negative_prompt_tokens=self._prompts.count_tokens(request.negative_prompt or "")[0],
+            prompt_tokens=self._prompts.tokens(request.prompt).count,
+            negative_prompt_tokens=self._prompts.tokens(request.negative_prompt or "").count,
         )
 
     def predict(

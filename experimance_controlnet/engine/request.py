@@ -135,7 +135,6 @@ class Conditioning:
 
     prompt_embeds: torch.Tensor  # (R, T, D) model dtype, on the device
     pooled_embeds: torch.Tensor  # (R, P) model dtype, on the device
-    time_ids: torch.Tensor  # (R, 6) model dtype, on the device
     control_features: torch.Tensor | None
     """(1, C, height/8, width/8): the depth map, embedded by its ControlNet; None without one."""
     prompt_tokens: int

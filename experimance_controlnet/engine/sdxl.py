@@ -197,9 +197,10 @@ class SdxlRunner:
     def prepare(self, state: RequestState) -> None:
         request = state.request
         model = self._models.use(request.model)
+        # what keeps the device busy first, what the host has to compute last
         features = self._control_features(request)
-        state.latents = model.noise(state)
         state.conditioning = model.condition(request, state.key.token_chunks, features)
+        state.latents = model.noise(state)
 
     def _control_features(self, request: GenerationRequest) -> torch.Tensor | None:
         if request.control is None:

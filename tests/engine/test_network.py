@@ -153,7 +153,7 @@ def noise(
     network: UnetNetwork, inputs: Inputs, residuals: ControlResiduals | None = None
 ) -> torch.Tensor:
     text = network.text_constants(*inputs.text)
-    return network(inputs.sample, inputs.timesteps, text, residuals)
+    return network(inputs.sample, inputs.timesteps, text, lambda: residuals)
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:

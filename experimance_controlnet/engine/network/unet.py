@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -37,6 +37,12 @@ class TextConstants:
 
     prompt: Prompt | None  # None where the network has no cross-attention
     added: torch.Tensor  # (R, E): pooled prompt and picture size, embedded
+
+    def overwrite(self, other: TextConstants) -> None:
+        """Bring the values of another one, of the same network and shape, to where these are."""
+        self.added.copy_(other.added)
+        if self.prompt is not None and other.prompt is not None:
+            self.prompt.keys_values.copy_(other.prompt.keys_values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +190,15 @@ class UnetNetwork(_Conditioned):
         sample: torch.Tensor,
         timesteps: torch.Tensor,
         text: TextConstants,
-        control: ControlResiduals | None,
+        wait_for_control: Callable[[], ControlResiduals | None],
     ) -> torch.Tensor:
-        """The noise in ``sample`` (R, 4, h, w); ``timesteps`` (R,) fp32."""
+        """The noise in ``sample`` (R, 4, h, w); ``timesteps`` (R,) fp32.
+
+        ``wait_for_control`` is called when the residuals are needed, after the way down.
+        """
         module, shifts = self._module, self._shifts(timesteps, text)
         skips, x = self._encoder(convolve(module.conv_in, sample), shifts, text.prompt)
+        control = wait_for_control()
         residuals: list[torch.Tensor | None] = [None] * len(skips)
         strength = None
         if control is not None:
