@@ -3,8 +3,8 @@
 Every function here exists twice with the same signature: in plain torch (``reference.py``), which
 says what it means and runs anywhere, and in Triton (``fused/``), which reads and writes memory as
 rarely as it can. The device of the first tensor decides; a CUDA device without Triton takes the
-reference. Kernels know nothing of models. ``merge.py``, whose work is prepared once and run often,
-holds its own reference.
+reference. Kernels know nothing of models. ``merge.py`` and the plans of ``quantise.py``, whose work
+is prepared once and run often, hold their own references.
 
 Shapes: images are (B, C, H, W) in channels_last, so their memory is (B, H, W, C) and a view as
 tokens (B, H x W, C) costs nothing. Sums are taken in fp32 whatever the tensors' precision.
@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 
 from experimance_controlnet.engine.kernels import reference
+from experimance_controlnet.engine.kernels.quantise import Quantised
 
 
 def group_norm(
@@ -59,6 +60,32 @@ def add_layer_norm(
     return both
 
 
+def layer_norm_quantised(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> Quantised:
+    """:func:`layer_norm`, quantised before it is rounded to ``x``'s precision."""
+    normed: Quantised = _backend(x).layer_norm_quantised(x, weight, bias, eps)
+    return normed
+
+
+def add_layer_norm_quantised(
+    x: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    later: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Quantised]:
+    """``x + update + later``, and the LayerNorm of ``x + update``, quantised.
+
+    ``later`` (C,): the bias of a product that will be added to the sum, and has left it out.
+    """
+    both: tuple[torch.Tensor, Quantised] = _backend(x).add_layer_norm_quantised(
+        x, update, weight, bias, eps, later
+    )
+    return both
+
+
 def geglu(x: torch.Tensor) -> torch.Tensor:
     """``value * GELU(gate)``, Shazeer 2020, with the exact GELU.
 
@@ -66,6 +93,20 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     """
     gated: torch.Tensor = _backend(x).geglu(x)
     return gated
+
+
+def geglu_quantised(x: torch.Tensor, bias: torch.Tensor) -> Quantised:
+    """:func:`geglu` of ``x + bias``, quantised; ``bias`` (2 N,)."""
+    gated: Quantised = _backend(x).geglu_quantised(x, bias)
+    return gated
+
+
+def scaled_product(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
+    """``a @ b.T`` in ``dtype``, fp16 or bf16 on CUDA; ``a`` (M, K), ``b`` (N, K), N and K multiples
+    of 16.
+    """
+    product: torch.Tensor = _backend(a.values).scaled_product(a, b, dtype)
+    return product
 
 
 def add_bias(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from experimance_controlnet.engine.kernels.quantise import Quantised, quantise
+
 
 def group_norm(
     x: torch.Tensor,
@@ -37,9 +39,36 @@ def add_layer_norm(
     return total, layer_norm(total, weight, bias, eps)
 
 
+def layer_norm_quantised(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> Quantised:
+    return quantise(layer_norm(x, weight, bias, eps))
+
+
+def add_layer_norm_quantised(
+    x: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    later: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Quantised]:
+    total, normed = add_layer_norm(x, update, weight, bias, eps)
+    return total if later is None else total + later, quantise(normed)
+
+
 def geglu(x: torch.Tensor) -> torch.Tensor:
     value, gate = x.chunk(2, dim=-1)
     return value * functional.gelu(gate)
+
+
+def geglu_quantised(x: torch.Tensor, bias: torch.Tensor) -> Quantised:
+    return quantise(geglu(x + bias))
+
+
+def scaled_product(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Tensor:
+    product = a.values.float() @ b.values.float().t()
+    return (product * a.scales * b.scales.t()).to(dtype)
 
 
 def add_bias(x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
