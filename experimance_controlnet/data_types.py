@@ -211,6 +211,10 @@ class GenerationMetadata(BaseModel):
     workload: float = Field(description="Units of the whole request; see workload.py.")
     queue_time: float = Field(description="Seconds; the same as times.queue_s.")
     times: PhaseTimes
+    precision: str = Field(
+        description="What the models computed in: fp32 (a CPU), fp16, or fp8 (the UNet's widest "
+        "products, the rest in fp16)."
+    )
     memory: MemoryUse
     notes: list[str] = Field(
         default_factory=list,
@@ -298,6 +302,9 @@ class HealthResponse(BaseModel):
     last_error: str | None
     device: str = Field(
         description="Its name; MODEL_DEVICE in the first seconds, while the engine starts."
+    )
+    precision: str = Field(
+        description="fp32, fp16 or fp8; PRECISION in the first seconds, while the engine starts."
     )
     version: str
 

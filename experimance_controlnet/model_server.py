@@ -105,9 +105,10 @@ def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int
     from experimance_controlnet.server.serve import DEATH_LIMIT_S, Server, exit_after
 
     if settings.model_device != "cpu":
-        compile_in_background()  # goes on beside the imports that follow
+        compile_in_background(settings.precision)  # goes on beside the imports that follow
     store = ModelStore(settings.models_dir)
-    runner = LateRunner(partial(_make_runner, settings, catalog, store), settings.model_device)
+    make = partial(_make_runner, settings, catalog, store)
+    runner = LateRunner(make, settings.model_device, settings.precision)
     engine = Engine(
         runner,
         queue_capacity=settings.queue_capacity,
@@ -134,7 +135,7 @@ def _make_runner(settings: Settings, catalog: Catalog, store: ModelStore) -> Run
     from experimance_controlnet.engine.sdxl import SdxlRunner
 
     try:
-        return SdxlRunner(catalog, store, settings.model_device)
+        return SdxlRunner(catalog, store, settings.model_device, settings.precision)
     except SettingsError as error:  # no exception here would end the process with this status
         sys.stderr.write(_for_operator(error.message))
         os._exit(BAD_SETTINGS)

@@ -36,6 +36,7 @@ LogLevel = Annotated[
     Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)
 ]
 Device = Annotated[Literal["auto", "cuda", "cpu"], BeforeValidator(_lower)]
+Precision = Annotated[Literal["auto", "fp16", "fp8"], BeforeValidator(_lower)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 
@@ -79,6 +80,11 @@ class Settings(BaseSettings):
         description="experimance, embedded (tiny models, no download), or a TOML file.",
     )
     model_device: Device = Field("auto", description="Where the models run.")
+    precision: Precision = Field(
+        "auto",
+        description="What they compute in. auto: fp16 on a GPU. fp8: faster and less exact, for "
+        "GPUs of compute capability 8.9 or later.",
+    )
     queue_capacity: int = Field(
         64, ge=1, le=100_000, description="Images that may wait; beyond that: 429."
     )

@@ -187,6 +187,11 @@ class Engine:
         """For people."""
         return self._runner.device_name
 
+    @property
+    def precision(self) -> str:
+        """What models are computed in."""
+        return self._runner.precision
+
     def gpu_memory(self) -> GpuMemory | None:
         """None without a GPU."""
         return self._runner.gpu_memory()

@@ -55,6 +55,7 @@ class FakeRunner:
     """
 
     device_name = "fake"
+    precision = "fp32"
 
     def __init__(
         self,

@@ -27,10 +27,11 @@ class LateRunner:
     :meth:`gpu_memory` say that there is nothing yet; nobody calls anything else.
     """
 
-    def __init__(self, make: Callable[[], Runner], device_wish: str) -> None:
-        """``make`` is slow; ``device_wish`` stands for the device's name until that is known."""
+    def __init__(self, make: Callable[[], Runner], device_wish: str, precision_wish: str) -> None:
+        """``make`` is slow; the wishes stand for what comes of them until that is known."""
         self._make = make
         self._device_wish = device_wish
+        self._precision_wish = precision_wish
         self._made: Runner | None = None
 
     def open(self) -> None:
@@ -38,7 +39,12 @@ class LateRunner:
         started_s = time.monotonic()
         self._made = self._make()
         seconds = round(time.monotonic() - started_s, 3)
-        log.info("engine_ready", device=self._made.device_name, seconds=seconds)
+        log.info(
+            "engine_ready",
+            device=self._made.device_name,
+            precision=self._made.precision,
+            seconds=seconds,
+        )
 
     @property
     def _runner(self) -> Runner:
@@ -48,6 +54,10 @@ class LateRunner:
     @property
     def device_name(self) -> str:
         return self._device_wish if self._made is None else self._made.device_name
+
+    @property
+    def precision(self) -> str:
+        return self._precision_wish if self._made is None else self._made.precision
 
     @property
     def loaded_models(self) -> tuple[str, ...]:

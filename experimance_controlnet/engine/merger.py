@@ -7,7 +7,7 @@ switches does not matter, and the storage of a weight never moves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -40,11 +40,18 @@ class AdapterMerger:
         self._places: list[int] = []  # where the plans believe their weights to be
         self._plans: dict[tuple[LoraFactors, ...], MergePlan] = {}  # the latest used is the last
         self._merged: tuple[tuple[LoraFactors, float], ...] | None = ()
+        self._listener: Callable[[], None] = lambda: None
 
     @property
     def pristine_bytes(self) -> int:
         """What the copies take on the module's device."""
         return sum(copy.nbytes for copy in self._pristine.values())
+
+    def on_write(self, listener: Callable[[], None]) -> None:
+        """Have ``listener`` called whenever weights were written: who holds what was made of them
+        makes it anew. If it fails, the adapters do not count as merged.
+        """
+        self._listener = listener
 
     def apply(self, adapters: Sequence[tuple[LoraFactors, float]]) -> None:
         """Make exactly these adapters, at these strengths, the ones that are merged.
@@ -60,6 +67,7 @@ class AdapterMerger:
         self._merged = None  # until done: an error half-way must not leave a claim behind
         plan = self._plan(tuple(factors for factors, _ in wanted))
         plan.run([strength for _, strength in wanted])
+        self._listener()
         self._merged = wanted
 
     def release_pristine(self) -> None:

@@ -15,6 +15,7 @@ from experimance_controlnet.engine.lora import COMPONENTS, LoraFactors
 from experimance_controlnet.engine.merger import AdapterMerger
 from experimance_controlnet.engine.network.decoder import VaeDecoder
 from experimance_controlnet.engine.network.unet import ControlNetwork, UnetNetwork
+from experimance_controlnet.engine.precision import Precision
 from experimance_controlnet.engine.request import (
     Adapter,
     Conditioning,
@@ -40,7 +41,9 @@ class SdxlModel:
     The engine's thread only; ``modules`` may also be read by the one that loads adapters.
     """
 
-    def __init__(self, spec: ModelSpec, modules: SdxlModules, recorder: Recorder) -> None:
+    def __init__(
+        self, spec: ModelSpec, modules: SdxlModules, recorder: Recorder, precision: Precision
+    ) -> None:
         """Takes the modules over: their weights are laid out anew.
 
         Raises:
@@ -51,10 +54,11 @@ class SdxlModel:
         """Read against these modules, by name."""
         self._spec = spec
         self._recorder = recorder
-        self._unet = UnetNetwork(modules.unet)
+        self._unet = UnetNetwork(modules.unet, precision.make_products())
         self._decoder = ImageDecoder(modules.vae, VaeDecoder(modules.vae), recorder)
         self._prompts = PromptEncoder(modules, self._unet.device, recorder)
         self._mergers = {name: AdapterMerger(name, getattr(modules, name)) for name in COMPONENTS}
+        self._mergers["unet"].on_write(self._unet.weights_changed)
         self._programs: ProgramCache[StepShape, StepProgram] = ProgramCache(_STEP_SHAPES)
 
     def scheduler(self, request: GenerationRequest) -> NoiseScheduler:

@@ -23,18 +23,19 @@ _DEVICE_NODES = (
 )  # NVIDIA's driver; the same below Windows
 
 
-def compile_in_background() -> None:
-    """Begin to compile what SDXL needs. Nothing to do without an NVIDIA driver.
+def compile_in_background(precision: str) -> None:
+    """Begin to compile what SDXL needs in that precision: the setting's value. Nothing to do
+    without an NVIDIA driver.
 
     Who needs a kernel meanwhile compiles it by himself.
     """
     if any(node.exists() for node in _DEVICE_NODES):
-        threading.Thread(target=_compile, name="compiler", daemon=True).start()
+        threading.Thread(target=_compile, args=(precision,), name="compiler", daemon=True).start()
 
 
-def _compile() -> None:
+def _compile(precision: str) -> None:
     started_s = time.monotonic()
-    command = [sys.executable, "-m", "experimance_controlnet.engine.kernels.compile"]
+    command = [sys.executable, "-m", "experimance_controlnet.engine.kernels.compile", precision]
     # a session of its own: what the terminal sends to the server is not for it
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True

@@ -54,6 +54,10 @@ class Runner(Protocol):
         """For people: ``NVIDIA H200`` or ``cpu``."""
 
     @property
+    def precision(self) -> str:
+        """What it computes in: ``fp32``, ``fp16`` or ``fp8``. The same for its whole life."""
+
+    @property
     def loaded_models(self) -> tuple[str, ...]:
         """Names of the models in memory."""
 

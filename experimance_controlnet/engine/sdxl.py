@@ -17,6 +17,7 @@ from experimance_controlnet.engine.graphs import Recorder
 from experimance_controlnet.engine.lora import load_lora
 from experimance_controlnet.engine.model import SdxlModel
 from experimance_controlnet.engine.network.unet import ControlNetwork
+from experimance_controlnet.engine.precision import Precision, choose_precision
 from experimance_controlnet.engine.request import (
     Asset,
     BatchKey,
@@ -71,16 +72,27 @@ def choose_device(wish: str) -> torch.device:
 class SdxlRunner:
     """See :class:`experimance_controlnet.engine.runner.Runner`."""
 
-    def __init__(self, catalog: Catalog, store: ModelStore, device: str = "auto") -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: ModelStore,
+        device: str = "auto",
+        precision: str | Precision = "auto",
+    ) -> None:
         """The store holds the files already: fetching them is not the runner's job.
 
+        ``precision``: a wish, see :func:`choose_precision`, or one that is taken as it is.
+
         Raises:
-            SettingsError: there is no such device.
+            SettingsError: there is no such device, or it cannot compute in that precision.
         """
         self._catalog = catalog
         self._store = store
         self._device = choose_device(device)
-        self._dtype = torch.float16 if self._device.type == "cuda" else torch.float32
+        if isinstance(precision, str):
+            precision = choose_precision(precision, self._device)
+        self._precision = precision
+        self._dtype = precision.dtype
         self._models: ResidentModels[SdxlModel] = ResidentModels(
             free_bytes=lambda: free_memory_bytes(self._device), release=self.release_memory
         )
@@ -94,6 +106,10 @@ class SdxlRunner:
         if self._device.type == "cuda":
             return torch.cuda.get_device_name(self._device)
         return "cpu"
+
+    @property
+    def precision(self) -> str:
+        return self._precision.name
 
     @property
     def loaded_models(self) -> tuple[str, ...]:
@@ -146,7 +162,7 @@ class SdxlRunner:
     def _load_model(self, spec: ModelSpec, path: Path) -> SdxlModel:
         base = self._file(spec.base_source) if spec.base_source else None
         modules = load_checkpoint(path, base, self._device, self._dtype)
-        return SdxlModel(spec, modules, self._recorder)
+        return SdxlModel(spec, modules, self._recorder, self._precision)
 
     def install(self, asset: Asset, loaded: Any) -> None:
         match asset.kind:

@@ -170,6 +170,7 @@ def _metadata(
             encode_image_s=0.0,
             total_s=0.0,
         ),
+        precision=work.services.engine.precision,
         memory=memory,
         notes=list(result.notes),
         server_version=__version__,

@@ -38,6 +38,7 @@ def health_of(services: Services) -> HealthResponse:
         queue_workload=round(engine.queue_workload, 3),
         last_error=engine.last_error or problem,
         device=services.engine.device_name,
+        precision=services.engine.precision,
         version=__version__,
     )
 

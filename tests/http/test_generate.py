@@ -109,6 +109,7 @@ def test_metadata_say_what_was_applied(server: RunningServer) -> None:
             "lora_strength": 0.5,
             "requested_loras": [],
             "deepcache_used": False,
+            "precision": "fp32",
             "notes": [],
             "server_version": __version__,
         }.items()

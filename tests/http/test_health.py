@@ -31,6 +31,7 @@ def test_health_when_all_is_well(server: RunningServer, path: str) -> None:
     assert health.last_error is None
     assert health.uptime > 0
     assert (health.device, health.version) == ("fake", __version__)
+    assert health.precision == "fp32"
     assert health.memory_usage.ram_mb > 10
 
 

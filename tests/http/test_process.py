@@ -59,6 +59,7 @@ def test_from_start_to_end(launch: Launch) -> None:
     )
     [ready] = [event for event in events if event["event"] == "engine_ready"]
     assert ready["device"] == "cpu" and ready["seconds"] > 0
+    assert ready["precision"] == "fp32"
 
 
 def test_the_server_imports_no_torch() -> None:
@@ -74,12 +75,23 @@ def test_the_server_imports_no_torch() -> None:
     assert done.stdout == "set()\n"
 
 
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"MODEL_DEVICE": "cuda"}, "MODEL_DEVICE (--model-device): there is no CUDA device here\n"),
+        (
+            {"MODEL_DEVICE": "auto", "PRECISION": "fp8"},
+            "PRECISION (--precision): fp8 needs a CUDA device; a CPU computes in fp32, "
+            "which is auto\n",
+        ),
+    ],
+    ids=["device", "precision"],
+)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_a_device_that_is_not_there(launch: Launch) -> None:
-    server = launch(MODEL_DEVICE="cuda")
+def test_a_device_that_is_not_there(launch: Launch, variables: dict[str, str], line: str) -> None:
+    server = launch(**variables)
     assert server.ended() == 2
-    line = "model_server: MODEL_DEVICE (--model-device): there is no CUDA device here\n"
-    assert line in server.console.read_text()
+    assert f"model_server: {line}" in server.console.read_text()
     assert "Traceback" not in server.console.read_text()
 
 

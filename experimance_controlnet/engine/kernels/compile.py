@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 
 from experimance_controlnet.engine import kernels
-from experimance_controlnet.engine.kernels.merge import RANK_MULTIPLE, Target, Update, make_plan
+from experimance_controlnet.engine.kernels import merge, quantise
 
 _UNET_CHANNELS = (320, 640, 960, 1280, 1920, 2560)
 _VAE_CHANNELS = (128, 256, 512)
@@ -20,11 +21,13 @@ _THREADS = 4
 """LLVM and the assembler work without Python; more threads than this wait for it."""
 
 
-def main() -> None:
-    """Nothing to do without CUDA and Triton."""
+def main(precision: str) -> None:
+    """Nothing to do without CUDA and Triton. ``precision``: ``fp8`` needs more than the others."""
     if not torch.cuda.is_available() or not kernels.are_fused():
         return
     work = [_for_transformers, _for_joints, _for_adapters]
+    if precision == "fp8" and quantise.is_supported(torch.device("cuda")):
+        work.append(_for_fp8)
     work += [partial(_for_unet_norms, channels) for channels in _UNET_CHANNELS]
     work += [partial(_for_vae, channels) for channels in _VAE_CHANNELS]
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -53,10 +56,24 @@ def _for_joints() -> None:
 @torch.inference_mode()
 def _for_adapters() -> None:
     weight = torch.zeros((64, 64), dtype=torch.float16, device="cuda")
-    for rank in (RANK_MULTIPLE, 2 * RANK_MULTIPLE):
+    for rank in (merge.RANK_MULTIPLE, 2 * merge.RANK_MULTIPLE):
         down = weight.new_zeros((rank, 64))
-        update = Update(down.T.contiguous(), down, scale=1.0, slot=0)
-        make_plan([Target(weight, weight.clone(), [update])]).run([1.0])
+        update = merge.Update(down.T.contiguous(), down, scale=1.0, slot=0)
+        merge.make_plan([merge.Target(weight, weight.clone(), [update])]).run([1.0])
+
+
+@torch.inference_mode()
+def _for_fp8() -> None:
+    for channels in (640, 1280):
+        x = torch.zeros((16, channels), dtype=torch.float16, device="cuda")
+        row = x[0]
+        kernels.layer_norm_quantised(x, row, row, 1e-5)
+        kernels.add_layer_norm_quantised(x, x, row, row, 1e-5)
+        kernels.add_layer_norm_quantised(x, x, row, row, 1e-5, row)
+        wide = x.new_zeros((16, 8 * channels))
+        kernels.geglu_quantised(wide, wide[0])
+    quantised = quantise.empty_quantised(x.shape, x.device)
+    quantise.make_plan([quantise.WeightCopy(x, quantised)]).run()
 
 
 @torch.inference_mode()
@@ -87,4 +104,4 @@ def _group_norms(pixels: torch.Tensor, per_image: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(precision=sys.argv[1])

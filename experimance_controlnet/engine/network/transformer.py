@@ -20,6 +20,7 @@ from torch.nn import functional
 from experimance_controlnet.engine import kernels
 from experimance_controlnet.engine.network.blocks import as_image, as_tokens, normalise
 from experimance_controlnet.engine.network.parameters import fuse_rows, require
+from experimance_controlnet.engine.network.products import Products, add_layer_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,68 +55,68 @@ class PromptProjection:
 class Transformer:
     """A Transformer2DModel."""
 
-    def __init__(self, module: Transformer2DModel, columns: Iterator[slice]) -> None:
+    def __init__(
+        self, module: Transformer2DModel, columns: Iterator[slice], products: Products
+    ) -> None:
         """``columns`` yields the place of each cross-attention layer in :class:`Prompt`.
 
         Raises:
             BadWeightsError: the module has options that SDXL does not use.
         """
         self._module: Any = module
-        self._blocks = [_Block(block, next(columns)) for block in module.transformer_blocks]
+        self._blocks = [
+            _Block(block, next(columns), products) for block in module.transformer_blocks
+        ]
 
     def __call__(self, image: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         module, rows = self._module, image.shape[0]
         tokens = as_tokens(normalise(module.norm, image, silu=False))
         hidden = functional.linear(tokens, module.proj_in.weight.flatten(1), module.proj_in.bias)
-        normed = _layer_norm(hidden, self._blocks[0].first_norm)
-        for block, following in zip(self._blocks, [*self._blocks[1:], None], strict=True):
-            hidden, update = block(hidden, normed, prompt, rows)
-            if following is not None:
-                hidden, normed = _add_layer_norm(hidden, update, following.first_norm)
+        update: torch.Tensor | None = None
+        for block in self._blocks:
+            hidden, update = block(hidden, update, prompt, rows)
+        assert update is not None, "a transformer has blocks"
         out = functional.linear(hidden + update, module.proj_out.weight.flatten(1))
         return kernels.add_bias(as_image(out, image), module.proj_out.bias, image)
 
 
 class _Block:
-    """A BasicTransformerBlock; the first norm and the last residual add are the caller's."""
+    """A BasicTransformerBlock; its last residual add is left to what comes after it."""
 
-    def __init__(self, block: Any, columns: slice) -> None:
+    def __init__(self, block: Any, columns: slice, products: Products) -> None:
         feed_forward: Any = block.ff.net
         require(block.norm_type == "layer_norm", "transformer blocks without LayerNorm")
         require(not block.only_cross_attention, "transformer blocks without self-attention")
         require(isinstance(feed_forward[0], GEGLU), "feed-forward layers without GEGLU")
         self._block = block
-        self._self_attention = _SelfAttention(block.attn1)
+        self._self_attention = _SelfAttention(block.attn1, products)
         self._cross_attention = _CrossAttention(block.attn2, columns)
-        self._widen, self._narrow = feed_forward[0].proj, feed_forward[2]
-
-    @property
-    def first_norm(self) -> nn.LayerNorm:
-        """Of the input to self-attention."""
-        norm: nn.LayerNorm = self._block.norm1
-        return norm
+        self._feed_forward = products.feed_forward(feed_forward[0].proj, feed_forward[2])
 
     def __call__(
-        self, hidden: torch.Tensor, normed: torch.Tensor, prompt: Prompt, rows: int
+        self, hidden: torch.Tensor, update: torch.Tensor | None, prompt: Prompt, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The hidden states before the last update, and that update."""
+        """The hidden states before an update, and that update; None before the first block."""
         block = self._block
-        update = self._self_attention(normed, rows)
-        hidden, normed = _add_layer_norm(hidden, update, block.norm2)
+        hidden, update = self._self_attention(hidden, update, block.norm1, rows)
+        hidden, normed = add_layer_norm(hidden, update, block.norm2)
         update = self._cross_attention(normed, prompt, rows)
-        hidden, normed = _add_layer_norm(hidden, update, block.norm3)
-        return hidden, self._narrow(kernels.geglu(self._widen(normed)))
+        return self._feed_forward(hidden, update, block.norm3)
 
 
 class _SelfAttention:
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, products: Products) -> None:
         _check_attention(attention)
         self._attention = attention
-        self._weight = fuse_rows([attention.to_q, attention.to_k, attention.to_v])
+        weight = fuse_rows([attention.to_q, attention.to_k, attention.to_v])
+        self._project = products.normed(weight)
 
-    def __call__(self, tokens: torch.Tensor, rows: int) -> torch.Tensor:
-        projected = functional.linear(tokens, self._weight).unflatten(0, (rows, -1))
-        return _attend(self._attention, *projected.chunk(3, dim=-1))
+    def __call__(
+        self, hidden: torch.Tensor, update: torch.Tensor | None, norm: nn.LayerNorm, rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, projected = self._project(hidden, update, norm)
+        projected = projected.unflatten(0, (rows, -1))
+        return hidden, _attend(self._attention, *projected.chunk(3, dim=-1))
 
 
 class _CrossAttention:
@@ -147,13 +148,3 @@ def _check_attention(attention: Any) -> None:
     unscaled = attention.rescale_output_factor == 1.0 and not attention.residual_connection
     normed = attention.norm_q is None and attention.norm_k is None
     require(plain and unscaled and normed, "unusual attention layers")
-
-
-def _layer_norm(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-    return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
-
-
-def _add_layer_norm(
-    x: torch.Tensor, update: torch.Tensor, norm: nn.LayerNorm
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return kernels.add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)

@@ -24,6 +24,7 @@ from experimance_controlnet.engine.network.blocks import (
     pointwise,
 )
 from experimance_controlnet.engine.network.parameters import fuse_rows, require, to_channels_last
+from experimance_controlnet.engine.network.products import HalfProducts, Products
 from experimance_controlnet.engine.network.transformer import (
     Prompt,
     PromptProjection,
@@ -137,15 +138,15 @@ class _Level:
 class _Encoder:
     """The way down and the middle: an image to its skip connections and the deepest features."""
 
-    def __init__(self, module: Any, columns: Iterator[slice]) -> None:
+    def __init__(self, module: Any, columns: Iterator[slice], products: Products) -> None:
         self._down: list[_Level | Downsample] = []
         for block in module.down_blocks:
-            self._down += _levels(block, columns)
+            self._down += _levels(block, columns, products)
             self._down += [Downsample(sampler) for sampler in block.downsamplers or ()]
         first, *others = module.mid_block.resnets
         self._first = Resnet(first)
         self._middle = [
-            (Transformer(attention, columns), Resnet(resnet))
+            (Transformer(attention, columns, products), Resnet(resnet))
             for attention, resnet in zip(module.mid_block.attentions, others, strict=True)
         ]
 
@@ -166,24 +167,36 @@ class _Encoder:
 class UnetNetwork(_Conditioned):
     """SDXL's UNet."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        """Raises:
-        BadWeightsError: the UNet is not built as SDXL's is.
+    def __init__(self, unet: UNet2DConditionModel, products: Products | None = None) -> None:
+        """``products`` are this network's alone; by default they are in the weights' precision.
+
+        Raises:
+            BadWeightsError: the UNet is not built as SDXL's is.
         """
         module: Any = unet
         blocks = [*module.down_blocks, module.mid_block, *module.up_blocks]
         super().__init__(module, *_parts(blocks))
         columns = iter(self._columns)
-        self._encoder = _Encoder(module, columns)
+        products = products or HalfProducts()
+        self._encoder = _Encoder(module, columns, products)
         self._up: list[tuple[list[_Level], list[Upsample]]] = [
-            (_levels(block, columns), [Upsample(sampler) for sampler in block.upsamplers or ()])
+            (
+                _levels(block, columns, products),
+                [Upsample(sampler) for sampler in block.upsamplers or ()],
+            )
             for block in module.up_blocks
         ]
+        self._products = products
+        self.weights_changed()
 
     @property
     def latent_channels(self) -> int:
         """Of the sample, and of the noise predicted for it."""
         return int(self._module.conv_in.in_channels)
+
+    def weights_changed(self) -> None:
+        """To be called whenever adapters are merged or unmerged."""
+        self._products.weights_changed()
 
     def __call__(
         self,
@@ -227,7 +240,7 @@ class ControlNetwork(_Conditioned):
         require(
             config["controlnet_conditioning_channel_order"] == "rgb", "a ControlNet for BGR images"
         )
-        self._encoder = _Encoder(module, iter(self._columns))
+        self._encoder = _Encoder(module, iter(self._columns), HalfProducts())
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """The control image (B, 3, H, W), 0..1, as features (B, C, H/8, W/8); once a request."""
@@ -270,10 +283,13 @@ def add_residuals(parts: Sequence[ControlResiduals]) -> ControlResiduals | None:
     return ControlResiduals(tuple(down), middle, torch.ones_like(parts[0].strength))
 
 
-def _levels(block: Any, columns: Iterator[slice]) -> list[Any]:
+def _levels(block: Any, columns: Iterator[slice], products: Products) -> list[Any]:
     attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
     return [
-        _Level(Resnet(resnet), None if attention is None else Transformer(attention, columns))
+        _Level(
+            Resnet(resnet),
+            None if attention is None else Transformer(attention, columns, products),
+        )
         for resnet, attention in zip(block.resnets, attentions, strict=True)
     ]
 
