@@ -37,8 +37,8 @@ def _merge_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     layer = layers + 9 * tl.load(tile_layers + tile).to(tl.int64)
-    weight_address = tl.load(layer)
-    pristine_address = tl.load(layer + 1)
+    weight = tl.load(layer).to(tl.pointer_type(WEIGHT))
+    pristine = tl.load(layer + 1).to(tl.pointer_type(WEIGHT))
     rows = tl.load(layer + 2)
     columns = tl.load(layer + 3)
     weight_stride = tl.load(layer + 4)
@@ -47,8 +47,9 @@ def _merge_kernel(
     first_update = tl.load(layer + 7).to(tl.int32)
     end_update = tl.load(layer + 8).to(tl.int32)
     if ALIGNED:
-        weight_address = tl.multiple_of(weight_address, 16)
-        pristine_address = tl.multiple_of(pristine_address, 16)
+        # said of pointers: what is known of a number is lost when it becomes one
+        weight = tl.multiple_of(weight, 16)
+        pristine = tl.multiple_of(pristine, 16)
         columns = tl.multiple_of(columns, 8)
         weight_stride = tl.multiple_of(weight_stride, 8)
         pristine_stride = tl.multiple_of(pristine_stride, 8)
@@ -58,33 +59,30 @@ def _merge_kernel(
     row_mask, column_mask = (row < rows)[:, None], (column < columns)[None, :]
     mask = row_mask & column_mask
 
-    pristine = pristine_address.to(tl.pointer_type(WEIGHT))
     at = pristine + row[:, None] * pristine_stride + column[None, :]
     total = tl.load(at, mask, 0.0).to(tl.float32)
     for index in range(first_update, end_update):
         update = updates + 3 * index
-        up_address, down_address = tl.load(update), tl.load(update + 1)
+        up = tl.load(update).to(tl.pointer_type(FACTOR))
+        down = tl.load(update + 1).to(tl.pointer_type(FACTOR))
         rank = tl.load(update + 2)
         if ALIGNED:
-            up_address = tl.multiple_of(up_address, 16)
-            down_address = tl.multiple_of(down_address, 16)
+            up = tl.multiple_of(up, 16)
+            down = tl.multiple_of(down, 16)
             rank = tl.multiple_of(rank, 16)
         step = tl.arange(0, RANK_STEP)
-        up_at = up_address.to(tl.pointer_type(FACTOR)) + row[:, None] * rank + step[None, :]
-        down_at = (
-            down_address.to(tl.pointer_type(FACTOR)) + step[:, None] * columns + column[None, :]
-        )
+        up_at = up + row[:, None] * rank + step[None, :]
+        down_at = down + step[:, None] * columns + column[None, :]
         product = tl.zeros((ROWS, COLUMNS), tl.float32)
         for _ in range(0, rank.to(tl.int32), RANK_STEP):
-            up = tl.load(up_at, row_mask, 0.0)
-            down = tl.load(down_at, column_mask, 0.0)
+            left = tl.load(up_at, row_mask, 0.0)
+            right = tl.load(down_at, column_mask, 0.0)
             if tl.bfloat16 == FACTOR:
-                up, down = up.to(tl.float32), down.to(tl.float32)
-            product = tl.dot(up, down, product, input_precision=PRECISION)
+                left, right = left.to(tl.float32), right.to(tl.float32)
+            product = tl.dot(left, right, product, input_precision=PRECISION)
             up_at += RANK_STEP
             down_at += RANK_STEP * columns
         total += product * tl.load(scales + index)
-    weight = weight_address.to(tl.pointer_type(WEIGHT))
     at = weight + row[:, None] * weight_stride + column[None, :]
     tl.store(at, total.to(WEIGHT), mask)
 
