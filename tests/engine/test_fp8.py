@@ -11,7 +11,6 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.catalog.store import ModelStore
-from experimance_controlnet.engine.lora import LoraFactors, LowRankDelta
 from experimance_controlnet.engine.merger import AdapterMerger
 from experimance_controlnet.engine.network.fp8 import Fp8Products
 from experimance_controlnet.engine.network.products import Products
@@ -22,24 +21,19 @@ from experimance_controlnet.engine.sdxl import SdxlRunner
 from experimance_controlnet.errors import SettingsError
 from tests.engine.conftest import DEPTH, TWO_ADAPTERS, draw_one, loaded
 from tests.engine.oracle import all_equal, mean_difference
+from tests.engine.random_unet import error, make_factors, make_unet, noise
 from tools.embedded_model import architecture
 
 CPU = torch.device("cpu")
-WIDE = architecture.UNET | {"block_out_channels": (16, 32, 64), "attention_head_dim": (1, 2, 4)}
-"""Every transformer's products fit fp8; of the embedded UNet's only those of the second level."""
 FP16_ERROR = 2e-3
 """What rounding to fp16 costs a UNet at most, relative to its output: BENCHMARKS.md."""
-PATHS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "ff.net.0.proj", "ff.net.2", "attn1.to_out.0")
-
 OTHER = (Adapter("experimance_future", 1.0),)
 
 
 @pytest.fixture(scope="module")
 def wide() -> UNet2DConditionModel:
-    """Not to be changed."""
-    torch.manual_seed(5)
-    unet: UNet2DConditionModel = UNet2DConditionModel(**WIDE).eval().requires_grad_(False)
-    return unet
+    """Not to be changed. Every product fits; of the embedded UNet's only those 32 wide do."""
+    return make_unet(16, 32, 64)
 
 
 @pytest.fixture
@@ -50,38 +44,6 @@ def unet(wide: UNet2DConditionModel) -> UNet2DConditionModel:
 @pytest.fixture
 def emulated(catalog: Catalog, store: ModelStore) -> SdxlRunner:
     return loaded(SdxlRunner(catalog, store, "cpu", EMULATED_FP8), "lightning")
-
-
-@torch.inference_mode()
-def noise(network: UnetNetwork) -> torch.Tensor:
-    """Of the same input every time."""
-    generator = torch.Generator().manual_seed(1)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    width = architecture.TEXT_WIDTH + architecture.TEXT_WIDTH_2
-    sizes = torch.tensor([[256.0, 192.0, 0.0, 0.0, 256.0, 192.0]] * 2)
-    text = network.text_constants(
-        randn(2, architecture.MAX_TOKENS, width), randn(2, architecture.TEXT_WIDTH_2), sizes
-    )
-    return network(randn(2, 4, 32, 24), torch.tensor([900.0, 500.0]), text, lambda: None)
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
-
-
-def factors(unet: UNet2DConditionModel, seed: int) -> LoraFactors:
-    """An adapter on every product that is quantised, and on one that is not."""
-    generator = torch.Generator().manual_seed(seed)
-    deltas = {}
-    for name, module in unet.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.endswith(PATHS):
-            down = torch.randn(4, module.in_features, generator=generator) * 0.1
-            up = torch.randn(module.out_features, 4, generator=generator) * 0.2
-            deltas[name] = LowRankDelta(down, up, scale=1.0)
-    return LoraFactors(f"adapter {seed}", {"unet": deltas})
 
 
 def test_it_quantises_and_is_near(unet: UNet2DConditionModel) -> None:
@@ -136,7 +98,7 @@ def test_adapters_act_and_leave_nothing_behind(unet: UNet2DConditionModel) -> No
     network = UnetNetwork(unet, Fp8Products())
     merger = AdapterMerger("unet", unet)
     merger.on_write(network.weights_changed)
-    sets = [(), ((factors(unet, 1), 0.8),), ((factors(unet, 2), -0.8),)]
+    sets = [(), ((make_factors(unet, 1), 0.8),), ((make_factors(unet, 2), -0.8),)]
     seen: dict[int, torch.Tensor] = {}
     for number in (1, 0, 1, 2, 1, 0, 2):
         merger.apply(sets[number])
@@ -179,7 +141,7 @@ def test_a_failure_is_made_good_at_the_next_switch(unet: UNet2DConditionModel) -
     products: Products = Fp8Products()
     network, merger = UnetNetwork(unet, products), AdapterMerger("unet", unet)
     merger.on_write(FailingOnce(network.weights_changed))
-    wanted = [(factors(unet, 1), 0.8)]
+    wanted = [(make_factors(unet, 1), 0.8)]
     with pytest.raises(RuntimeError, match="no memory"):
         merger.apply(wanted)
     merger.apply(wanted)
