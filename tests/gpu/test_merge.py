@@ -48,7 +48,7 @@ def test_kernel_is_the_reference(dtype: torch.dtype, factors: torch.dtype, rank:
     for weight, target in zip(mine, targets, strict=True):
         epsilon = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1)
         # tf32 factors show where pristine weight and update cancel
-        torch.testing.assert_close(weight, target.weight, rtol=epsilon, atol=epsilon / 16)
+        torch.testing.assert_close(weight, target.weight, rtol=epsilon, atol=epsilon / 8)
 
 
 def test_200_switches_are_exact() -> None:

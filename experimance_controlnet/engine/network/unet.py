@@ -74,6 +74,9 @@ class _Conditioned:
         )
         to_channels_last(module)
         self._module = module
+        # asked once: diffusers looks through all submodules for them, 15 ms each time
+        self.dtype: torch.dtype = module.dtype
+        self.device: torch.device = module.device
         projections = [resnet.time_emb_proj for resnet in resnets]
         self._time_weight = fuse_rows(projections)
         # adapters never change biases, so a sum of two may be kept
@@ -89,16 +92,6 @@ class _Conditioned:
     def channels(self) -> int:
         """Of the image at the encoder's first level."""
         return int(self._module.conv_in.out_channels)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._module.dtype
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self._module.device
-        return device
 
     def text_constants(
         self, prompt_embeds: torch.Tensor, pooled: torch.Tensor, time_ids: torch.Tensor
