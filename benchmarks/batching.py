@@ -61,7 +61,7 @@ def serve(device: Device, states: list[RequestState], policy: str) -> None:
     choose, step, finish.
     """
     costs = StepCosts()
-    batcher = POLICIES[policy](MAX_ROWS, costs, device.clock)
+    batcher = POLICIES[policy](device.clock)(MAX_ROWS, costs)
     meter = StepMeter(costs, device.clock)
     coming = deque(states)
     while coming or len(batcher):

@@ -42,13 +42,13 @@ UNGUIDED = 0.1
 
 
 def draw_requests(
-    rng: np.random.Generator, count: int, smaller: int = 1
+    rng: np.random.Generator, count: int, scale: float = 1.0
 ) -> list[GenerationRequest]:
-    """So many, without a ControlNet. Sides are divided by ``smaller``."""
-    return [_request(rng, number, smaller) for number in range(count)]
+    """So many, without a ControlNet. Sides are multiplied by ``scale``."""
+    return [_request(rng, number, scale) for number in range(count)]
 
 
-def _request(rng: np.random.Generator, number: int, smaller: int) -> GenerationRequest:
+def _request(rng: np.random.Generator, number: int, scale: float) -> GenerationRequest:
     name = str(rng.choice(list(MODELS), p=[model.share for model in MODELS.values()]))
     model = MODELS[name]
     width, height = list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
@@ -58,8 +58,8 @@ def _request(rng: np.random.Generator, number: int, smaller: int) -> GenerationR
         model=name,
         prompt=f"aerial photo of a valley, number {number}",
         negative_prompt=None,
-        width=width // smaller,
-        height=height // smaller,
+        width=round(width * scale),
+        height=round(height * scale),
         steps=model.steps,
         cfg=1.0 if unguided else model.cfg,
         seed=number,

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from experimance_controlnet.engine.batcher import Batcher, BatchPolicy
-from experimance_controlnet.engine.costs import StepCosts
+from experimance_controlnet.engine.batcher import Batcher, NewBatchPolicy
 from experimance_controlnet.engine.request import RequestState
 
 Clock = Callable[[], float]
@@ -83,9 +82,9 @@ class FixedBatches(_Queue):
         return list(self._running)
 
 
-POLICIES: dict[str, Callable[[int, StepCosts, Clock], BatchPolicy]] = {
-    "ours": lambda max_rows, costs, clock: Batcher(max_rows, costs),
-    "oldest": lambda max_rows, costs, clock: OldestChooses(max_rows),
-    "fixed": lambda max_rows, costs, clock: FixedBatches(FIXED_BATCH, FIXED_PATIENCE_S, clock),
-    "fcfs": lambda max_rows, costs, clock: FixedBatches(1, 0.0, clock),
+POLICIES: dict[str, Callable[[Clock], NewBatchPolicy]] = {
+    "ours": lambda clock: Batcher,
+    "oldest": lambda clock: lambda max_rows, costs: OldestChooses(max_rows),
+    "fixed": lambda clock: lambda *_: FixedBatches(FIXED_BATCH, FIXED_PATIENCE_S, clock),
+    "fcfs": lambda clock: lambda *_: FixedBatches(1, 0.0, clock),
 }
