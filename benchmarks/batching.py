@@ -2,13 +2,9 @@
 
     python -m benchmarks.batching [--seeds 101,102] [--requests 1000] [--costs FILE] [--out FILE]
 
-``ours`` is the product's own ``Batcher``, ``StepCosts`` and ``StepMeter``, which know nothing of
-the cost table and learn it during each run. Beside it, on the same requests and the same device:
-
-* ``fcfs``: first come, first served, one request at a time.
-* ``fixed``: batches of up to 8 requests of one kind, run to completion. When the device is free, it
-  takes the kind of the oldest request, and waits for more of them until that has waited 100 ms.
-* ``oldest``: step-level batching of up to 8 rows where the oldest request chooses the kind.
+Every policy of ``policies.py`` serves the same requests on the same device. Ours knows nothing of
+the cost table and learns it during each run. ``benchmarks/traffic.py`` lets the real engine serve
+such traffic.
 
 Load is arrivals a second times the mean time of a request that has the device to itself and finds
 its weights live (``traffic`` in ``simulation.py``). It does not count switches, so a policy that
@@ -35,18 +31,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.simulation import MODELS, CostTable, Device, traffic
+from benchmarks.mixed_traffic import MODELS
+from benchmarks.policies import POLICIES
+from benchmarks.simulation import CostTable, Device, traffic
 from experimance_controlnet import __version__
-from experimance_controlnet.engine.batcher import Batcher
 from experimance_controlnet.engine.costs import StepCosts
 from experimance_controlnet.engine.meter import StepMeter
 from experimance_controlnet.engine.request import RequestState
@@ -57,62 +52,27 @@ LOADS = (0.5, 0.8, 0.95, None)
 BURST = 64
 MAX_ROWS = 8
 """The server's default."""
-FIXED_BATCH = 8
-FIXED_PATIENCE_S = 0.1
-
-Policy = Callable[[Device, list[RequestState]], None]
-"""Serves all requests, given in order of arrival."""
+BEAT_S = 0.001
+"""How soon a policy is asked again that would rather wait for company."""
 
 
-# ---- policies ---------------------------------------------------------------------------------
-
-
-class Chooser(Protocol):
-    """What of the batcher the heartbeat needs."""
-
-    def __len__(self) -> int: ...
-
-    def add(self, state: RequestState) -> None: ...
-
-    def remove(self, state: RequestState) -> None: ...
-
-    def next_batch(self) -> list[RequestState]: ...
-
-
-class OldestChooses:
-    """The oldest request chooses the kind; others of it ride along, the oldest first."""
-
-    def __init__(self) -> None:
-        self._states: list[RequestState] = []
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def add(self, state: RequestState) -> None:
-        self._states.append(state)
-
-    def remove(self, state: RequestState) -> None:
-        self._states.remove(state)
-
-    def next_batch(self) -> list[RequestState]:
-        batch: list[RequestState] = []
-        free_rows = MAX_ROWS
-        for state in self._states:
-            if state.key == self._states[0].key and state.request.rows <= free_rows:
-                batch.append(state)
-                free_rows -= state.request.rows
-        return batch
-
-
-def _beat(device: Device, states: list[RequestState], chooser: Chooser, meter: StepMeter) -> None:
-    """The engine's heartbeat: admit, choose, step, finish."""
+def serve(device: Device, states: list[RequestState], policy: str) -> None:
+    """The engine's heartbeat, until all requests, given in order of arrival, are served: admit,
+    choose, step, finish.
+    """
+    costs = StepCosts()
+    batcher = POLICIES[policy](device.clock)(MAX_ROWS, costs)
+    meter = StepMeter(costs, device.clock)
     coming = deque(states)
-    while coming or len(chooser):
-        if not len(chooser):
+    while coming or len(batcher):
+        if not len(batcher):
             device.wait_until(coming[0].timer.accepted_s)
         while coming and coming[0].timer.accepted_s <= device.now_s:
-            chooser.add(coming.popleft())
-        batch = chooser.next_batch()
+            batcher.add(coming.popleft())
+        batch = batcher.next_batch()
+        if not batch:
+            device.wait_until(device.now_s + BEAT_S)
+            continue
         meter.begin(batch)
         device.predict(batch)
         meter.end()
@@ -120,55 +80,7 @@ def _beat(device: Device, states: list[RequestState], chooser: Chooser, meter: S
             state.step += 1
             if state.finished:
                 device.decode(state)
-                chooser.remove(state)
-
-
-def ours(device: Device, states: list[RequestState]) -> None:
-    """The product's policy; it begins without a measurement."""
-    costs = StepCosts()
-    _beat(device, states, Batcher(MAX_ROWS, costs), StepMeter(costs, device.clock))
-
-
-def oldest(device: Device, states: list[RequestState]) -> None:
-    """Step-level batching without measurement."""
-    _beat(device, states, OldestChooses(), StepMeter(StepCosts(), device.clock))
-
-
-def fcfs(device: Device, states: list[RequestState]) -> None:
-    """One after the other."""
-    for state in states:
-        device.wait_until(state.timer.accepted_s)
-        _complete(device, [state])
-
-
-def fixed(device: Device, states: list[RequestState]) -> None:
-    """Batches that form before they start and end together."""
-    coming = deque(states)
-    waiting: list[RequestState] = []
-    while coming or waiting:
-        if not waiting:
-            device.wait_until(coming[0].timer.accepted_s)
-        while coming and coming[0].timer.accepted_s <= device.now_s:
-            waiting.append(coming.popleft())
-        batch = [state for state in waiting if state.key == waiting[0].key][:FIXED_BATCH]
-        patient_until_s = waiting[0].timer.accepted_s + FIXED_PATIENCE_S
-        if coming and len(batch) < FIXED_BATCH and device.now_s < patient_until_s:
-            device.wait_until(min(patient_until_s, coming[0].timer.accepted_s))
-            continue
-        waiting = [state for state in waiting if state not in batch]
-        _complete(device, batch)
-
-
-def _complete(device: Device, batch: list[RequestState]) -> None:
-    while left := [state for state in batch if not state.finished]:
-        device.predict(left)
-        for state in left:
-            state.step += 1
-    for state in batch:
-        device.decode(state)
-
-
-POLICIES: dict[str, Policy] = {"ours": ours, "oldest": oldest, "fixed": fixed, "fcfs": fcfs}
+                batcher.remove(state)
 
 
 # ---- figures ----------------------------------------------------------------------------------
@@ -214,7 +126,7 @@ def measure(
     means: list[float] = []
     for seed in seeds:
         device, states = Device(table, seed), traffic(table, load, count, seed)
-        POLICIES[policy](device, states)
+        serve(device, states, policy)
         seconds += device.now_s
         latencies_s = [latency_s_of(state) for state in states]
         means.append(round(sum(latencies_s) / count, 3))

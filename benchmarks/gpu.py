@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
-import time
 import traceback
 import uuid
 from collections.abc import Callable
@@ -29,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import cold_start, figures, peers, quality, references
-from benchmarks.environment import git_commit, versions
+from benchmarks.environment import MODEL_PACKAGES, device_facts, run_facts, versions
 from benchmarks.full_size import (
     FULL,
     MODEL,
@@ -128,12 +126,7 @@ def run(bench: Bench, outcome: Result) -> bool:
     failed: the others are measured all the same, since a machine may be there only for a while.
     """
     options, right = bench.options, True
-    record = {
-        "id": uuid.uuid4().hex[:8],
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": options.commit or git_commit(),
-        "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
-    }
+    record = {"id": uuid.uuid4().hex[:8], **run_facts("gpu", options.commit)}
 
     def measure(owner: str, part: str, work: Callable[[], Result]) -> None:
         nonlocal right
@@ -241,7 +234,8 @@ def main() -> None:
         "adapters": 2,
         "lora_rank": family.lora_rank,
     }
-    outcome = figures.new_results(family.name, versions(device), request)
+    measured_with = device_facts(device) | versions(MODEL_PACKAGES)
+    outcome = figures.new_results(family.name, measured_with, request)
     if options.merge:
         try:
             figures.keep_earlier(outcome, options.out)

@@ -36,8 +36,9 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from benchmarks.environment import SERVER_PACKAGES
 from benchmarks.pictures import landscape
-from benchmarks.record import publish
+from benchmarks.record import publish, table_of
 from experimance_controlnet.data_types import ImageFormat, ResponseFormat
 from experimance_controlnet.server.codec import decode_depth, encode_image
 
@@ -240,7 +241,7 @@ def main() -> None:
             body = request | {"output_format": image_format, "response_format": answer}
             rows.append(measure(url, body, image_format, clients, options.requests))
     title = f"Server overhead at {options.size}x{options.size}, runner without a model"
-    publish("http", title, rows, facts, options.out)
+    publish("http", table_of(title, rows), rows, facts, SERVER_PACKAGES, options.out)
 
 
 if __name__ == "__main__":

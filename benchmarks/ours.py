@@ -29,6 +29,7 @@ from experimance_controlnet.engine.request import (
     PixelImage,
     RequestState,
 )
+from experimance_controlnet.engine.runner import Runner
 from experimance_controlnet.engine.sdxl import SdxlRunner
 from experimance_controlnet.settings import Settings
 
@@ -47,6 +48,12 @@ def make_runner(files: FamilyFiles, device: torch.device, precision: str) -> Sdx
     return SdxlRunner(catalog, store, device.type, chosen)
 
 
+def load_assets(runner: Runner, request: GenerationRequest) -> None:
+    """Bring what the request needs to memory, as the engine would."""
+    while (asset := runner.missing(request)) is not None:
+        runner.install(asset, runner.load(asset))
+
+
 class Ours:
     """One runner in one precision, both eras' adapters read."""
 
@@ -56,11 +63,7 @@ class Ours:
         progress(f"ours {precision}: loading")
         self.runner = make_runner(files, device, precision)
         for era in (FIRST_ERA, SECOND_ERA):
-            self._load(standard_request(self.family, 0, era))
-
-    def _load(self, request: GenerationRequest) -> None:
-        while (asset := self.runner.missing(request)) is not None:
-            self.runner.install(asset, self.runner.load(asset))
+            load_assets(self.runner, standard_request(self.family, 0, era))
 
     # ---- the runner, called directly --------------------------------------------------------
 
@@ -110,7 +113,7 @@ class Ours:
         }
 
     def _begun(self, request: GenerationRequest) -> RequestState:
-        self._load(request)
+        load_assets(self.runner, request)
         state = self.runner.admit(request, time.monotonic())
         self.runner.prepare(state)
         return state

@@ -1,13 +1,14 @@
-"""Pictures that benchmarks work on, from the same seed each time; all (size, size, 3) RGB."""
+"""Pictures that benchmarks work on, the same each time; (size, size, 3) RGB, but for depth."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from experimance_controlnet.engine.request import PixelImage
+from experimance_controlnet.engine.request import DepthImage, PixelImage
 
 _SHEET = Path(__file__).parents[1] / "docs" / "contact_sheet.jpg"
 _TILE_PX = 320
@@ -34,6 +35,15 @@ def drawing(size: int) -> PixelImage:
     with Image.open(_SHEET) as sheet:
         tile = sheet.convert("RGB").crop((_TILE_PX, 0, 2 * _TILE_PX, _TILE_PX))
     return np.array(tile.resize((size, size), Image.Resampling.LANCZOS))
+
+
+@cache
+def hills(size: int) -> DepthImage:
+    """A smooth depth map, 0..1."""
+    y, x = np.mgrid[0:size, 0:size] / size * 6
+    height = np.sin(x + 1) * np.cos(y) + np.sin(2 * x + y)
+    depth: DepthImage = ((height - height.min()) / np.ptp(height)).astype(np.float32)
+    return depth
 
 
 def _slopes(size: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.float64]]:

@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from benchmarks import pictures
-from benchmarks.record import publish
+from benchmarks.environment import SERVER_PACKAGES
+from benchmarks.record import publish, table_of
 from experimance_controlnet.engine.request import PixelImage
 from experimance_controlnet.server.png import encode_png
 
@@ -133,7 +134,8 @@ def main() -> None:
         for row in measure(name, draw(options.size), options.repeats)
     ]
     facts = {"size_px": options.size, "repeats": options.repeats}
-    publish("png", f"PNG files of {options.size}x{options.size}", rows, facts, options.out)
+    table = table_of(f"PNG files of {options.size}x{options.size}", rows)
+    publish("png", table, rows, facts, SERVER_PACKAGES, options.out)
 
 
 if __name__ == "__main__":

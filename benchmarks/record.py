@@ -1,44 +1,53 @@
-"""What a benchmark of the CPU's work leaves behind: a table for people, one JSON line, a file."""
+"""What a benchmark leaves behind: a table for people, one JSON line, a file."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.environment import machine, run_facts, versions
 from experimance_controlnet import __version__
 
-_LOAD_AT_START = os.getloadavg()[0]
-"""Processes that wanted to run in the minute before; with as many as cores, times are too long."""
-_PACKAGES = ("fastapi", "isal", "numpy", "pillow", "pybase64", "pydantic", "uvicorn")
 
-
-def publish(
-    benchmark: str, title: str, rows: Sequence[Any], facts: Mapping[str, Any], out: Path | None
-) -> None:
-    """Print the rows (dataclasses of one kind) as a table and everything as one JSON line.
-
-    ``facts`` are the benchmark's own; when, with what and where it was measured is added.
-    ``out``: a file for the same JSON, one line a row.
-    """
+def table_of(title: str, rows: Sequence[Any]) -> Table:
+    """A column a field; ``rows`` are dataclasses of one kind whose fields are single values."""
     lines = [asdict(row) for row in rows]
     table = Table(title=title)
     for name in lines[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for line in lines:
         table.add_row(*(str(value) for value in line.values()))
-    Console().print(table)
-    head = {"benchmark": benchmark, **_circumstances(benchmark), **facts}
+    return table
+
+
+def publish(
+    benchmark: str,
+    table: Table,
+    rows: Sequence[Any],
+    facts: Mapping[str, Any],
+    packages: Sequence[str],
+    out: Path | None,
+) -> None:
+    """Print the table, and the rows (dataclasses) with everything else as one JSON line.
+
+    ``facts`` are the benchmark's own; when, with what and where it was measured is added, with the
+    versions of ``packages``. ``out``: a file for the same JSON, one line a row.
+    """
+    Console(width=130).print(table)
+    lines = [asdict(row) for row in rows]
+    head = {
+        "benchmark": benchmark,
+        **run_facts(benchmark),
+        "versions": {"server": __version__, **versions(packages)},
+        "machine": machine(),
+        **facts,
+    }
     print(json.dumps({**head, "rows": lines}))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,25 +58,3 @@ def _readable(head: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> st
     fields = [f' "{name}": {json.dumps(value)}' for name, value in head.items()]
     rows = ",\n".join(f"  {json.dumps(line)}" for line in lines)
     return "{\n" + ",\n".join([*fields, f' "rows": [\n{rows}\n ]']) + "\n}\n"
-
-
-def _circumstances(benchmark: str) -> dict[str, Any]:
-    versions = {package: version(package) for package in _PACKAGES}
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join([f"python -m benchmarks.{benchmark}", *sys.argv[1:]]),
-        "versions": {"server": __version__, "python": platform.python_version(), **versions},
-        "machine": {
-            "cpu": _cpu_model(),
-            "cores": os.cpu_count(),
-            "load_before": round(_LOAD_AT_START, 2),
-            "system": f"{platform.system()} {platform.machine()}",
-        },
-    }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux only; platform.processor() is empty there
-    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or "unknown"

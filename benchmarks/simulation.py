@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.mixed_traffic import draw_requests
 from experimance_controlnet.engine.costs import Size, SwitchKind
 from experimance_controlnet.engine.meter import LiveWeights
 from experimance_controlnet.engine.request import (
-    Adapter,
     BatchKey,
     GenerationRequest,
     PhaseTimer,
@@ -26,16 +26,6 @@ from experimance_controlnet.engine.schedulers import make_scheduler
 
 STEP_NOISE = 0.03
 """Standard deviation of a step's duration, relative."""
-
-MODELS = {"lightning": (0.7, 6, 2.0), "hyper": (0.2, 8, 6.0), "base": (0.1, 20, 7.5)}
-"""Share of the requests, steps, guidance: the catalogue's defaults."""
-
-SIZES = {(1024, 1024): 0.8, (768, 768): 0.1, (512, 512): 0.1}
-ERAS = ("wilderness", "farmland", "industry", "future")
-"""Each with adapters of its own, all equally frequent."""
-
-UNGUIDED = 0.1
-"""Share of the Lightning requests that ask for cfg 1: one row instead of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +103,7 @@ def traffic(table: CostTable, load: float | None, count: int, seed: int) -> list
     serves them one by one and never has to switch weights. None: all at once.
     """
     rng = np.random.default_rng(seed)
-    requests = [_request(rng, number) for number in range(count)]
+    requests = draw_requests(rng, count)
     gaps_s = np.zeros(count)
     if load is not None:
         mean_solo_s = sum(table.solo(request) for request in requests) / count
@@ -130,24 +120,3 @@ def traffic(table: CostTable, load: float | None, count: int, seed: int) -> list
         )
         for request, accepted_s in zip(requests, np.cumsum(gaps_s), strict=True)
     ]
-
-
-def _request(rng: np.random.Generator, number: int) -> GenerationRequest:
-    model = str(rng.choice(list(MODELS), p=[share for share, _, _ in MODELS.values()]))
-    _, steps, cfg = MODELS[model]
-    width, height = list(SIZES)[int(rng.choice(len(SIZES), p=list(SIZES.values())))]
-    if model == "lightning" and rng.random() < UNGUIDED:
-        cfg = 1.0
-    return GenerationRequest(
-        request_id=str(number),
-        model=model,
-        prompt="",
-        negative_prompt=None,
-        width=width,
-        height=height,
-        steps=steps,
-        cfg=cfg,
-        seed=number,
-        scheduler="euler",
-        adapters=(Adapter(str(rng.choice(ERAS)), 1.0),),
-    )

@@ -6,12 +6,9 @@ prompt is the same every time, as installations send it.
 
 from __future__ import annotations
 
-from functools import cache
-
-import numpy as np
-
 from benchmarks.full_size import CONTROLNET, ERA_WEIGHTS, ERAS, MODEL, Family
-from experimance_controlnet.engine.request import Adapter, Control, DepthImage, GenerationRequest
+from benchmarks.pictures import hills
+from experimance_controlnet.engine.request import Adapter, Control, GenerationRequest
 from experimance_controlnet.workload import workload
 
 STEPS, CFG, CONTROL_STRENGTH = 6, 2.0, 0.8
@@ -39,17 +36,8 @@ def standard_request(
         seed=number,
         scheduler="euler",
         adapters=adapters,
-        control=Control(CONTROLNET, _hills(family.side_px), CONTROL_STRENGTH),
+        control=Control(CONTROLNET, hills(family.side_px), CONTROL_STRENGTH),
         workload=workload(
             width=family.side_px, height=family.side_px, steps=STEPS, cfg=CFG, depth=True
         ),
     )
-
-
-@cache
-def _hills(side_px: int) -> DepthImage:
-    """Smooth, 0..1."""
-    y, x = np.mgrid[0:side_px, 0:side_px] / side_px * 6
-    height = np.sin(x + 1) * np.cos(y) + np.sin(2 * x + y)
-    hills: DepthImage = ((height - height.min()) / np.ptp(height)).astype(np.float32)
-    return hills

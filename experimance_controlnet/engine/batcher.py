@@ -31,7 +31,8 @@ many newcomers there are and whatever is learnt about costs in the meantime.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from experimance_controlnet.engine.costs import StepCosts
 from experimance_controlnet.engine.meter import LiveWeights
@@ -42,6 +43,31 @@ AGEING = 0.3
 requests wait for every short one; large values are first come, first served. Chosen with
 ``benchmarks/batching.py``: less makes the slowest images (base) slower, more makes the mean worse.
 """
+
+
+class BatchPolicy(Protocol):
+    """What the engine needs of whoever decides who runs next. :class:`Batcher` is the product's;
+    ``benchmarks/policies.py`` has others to compare it with.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[RequestState]: ...
+
+    def add(self, state: RequestState) -> None:
+        """Take a request in."""
+
+    def remove(self, state: RequestState) -> None:
+        """Let a request go: finished, failed or aborted."""
+
+    def next_batch(self) -> list[RequestState]:
+        """The requests that take the next step together, all of one key. Empty where none waits,
+        or none should run yet: then it is asked again at once.
+        """
+
+
+NewBatchPolicy = Callable[[int, StepCosts], BatchPolicy]
+"""Given the most rows a batch may have, and what is learnt about costs while it decides."""
 
 
 class Batcher:

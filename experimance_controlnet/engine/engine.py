@@ -21,7 +21,7 @@ from typing import Any
 
 import structlog
 
-from experimance_controlnet.engine.batcher import Batcher
+from experimance_controlnet.engine.batcher import Batcher, NewBatchPolicy
 from experimance_controlnet.engine.costs import StepCosts
 from experimance_controlnet.engine.faults import as_worker_error, is_fatal, is_out_of_memory
 from experimance_controlnet.engine.loading import Loads, LoadTotal
@@ -75,12 +75,14 @@ class Engine:
         *,
         queue_capacity: int,
         max_rows: int,
+        new_batcher: NewBatchPolicy = Batcher,
         watchdog_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
         on_start: Callable[[], None] = lambda: None,
         on_death: Callable[[], None] = lambda: None,
     ) -> None:
-        """``queue_capacity`` in images, ``max_rows`` in UNet rows a batch.
+        """``queue_capacity`` in images, ``max_rows`` in UNet rows a batch. ``new_batcher`` makes
+        what decides who runs next.
 
         Both callbacks run on the engine's thread: ``on_start`` first, for as long as it likes, and
         requests are accepted meanwhile; ``on_death`` when an error, one of ``on_start`` included,
@@ -104,7 +106,7 @@ class Engine:
 
         # The engine's thread only.
         costs = StepCosts()
-        self._batcher = Batcher(max_rows, costs)
+        self._batcher = new_batcher(max_rows, costs)
         self._meter = StepMeter(costs, clock)
         self._tickets: dict[RequestState, Ticket] = {}
         self._frames: dict[RequestState, PendingFrame] = {}  # being decoded, oldest first

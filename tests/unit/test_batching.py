@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.batching import POLICIES, RESULTS, Row, measure
+from benchmarks.batching import RESULTS, Row, measure, serve
+from benchmarks.policies import POLICIES
 from benchmarks.simulation import CostTable, Device, traffic
 
 PARKED = CostTable.read(RESULTS / "step_costs.json")
@@ -38,7 +39,7 @@ def test_the_same_seed_gives_the_same_figures() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_serves_everybody_in_full(policy: str) -> None:
     states = traffic(PARKED, 0.8, 100, seed=3)
-    POLICIES[policy](Device(PARKED, seed=3), states)
+    serve(Device(PARKED, seed=3), states, policy)
     for state in states:
         assert state.step == state.request.steps
         assert state.timer.decoded_s is not None
