@@ -10,9 +10,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from experimance_controlnet.engine.batcher import Batcher, NewBatchPolicy
+from experimance_controlnet.engine.batcher import Batcher, NewBatchPolicy, RequestQueue
 from experimance_controlnet.engine.request import RequestState
 
 Clock = Callable[[], float]
@@ -22,26 +22,7 @@ FIXED_BATCH = 8
 FIXED_PATIENCE_S = 0.1
 
 
-class _Queue:
-    """The admitted requests, the oldest first."""
-
-    def __init__(self) -> None:
-        self._states: list[RequestState] = []
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def __iter__(self) -> Iterator[RequestState]:
-        return iter(tuple(self._states))
-
-    def add(self, state: RequestState) -> None:
-        self._states.append(state)
-
-    def remove(self, state: RequestState) -> None:
-        self._states.remove(state)
-
-
-class OldestChooses(_Queue):
+class OldestChooses(RequestQueue):
     """The oldest request chooses the kind; others of it ride along, the oldest first."""
 
     def __init__(self, max_rows: int) -> None:
@@ -58,7 +39,7 @@ class OldestChooses(_Queue):
         return batch
 
 
-class FixedBatches(_Queue):
+class FixedBatches(RequestQueue):
     """Batches form before they start and end together."""
 
     def __init__(self, requests: int, patience_s: float, clock: Clock) -> None:

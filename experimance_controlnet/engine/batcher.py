@@ -70,14 +70,10 @@ NewBatchPolicy = Callable[[int, StepCosts], BatchPolicy]
 """Given the most rows a batch may have, and what is learnt about costs while it decides."""
 
 
-class Batcher:
-    """The admitted requests that still have steps to do."""
+class RequestQueue:
+    """The admitted requests that still have steps to do: what every policy chooses from."""
 
-    def __init__(self, max_rows: int, costs: StepCosts) -> None:
-        """``max_rows``: UNet rows a batch may have. One request alone may always run."""
-        self._max_rows = max_rows
-        self._costs = costs
-        self._live = LiveWeights()
+    def __init__(self) -> None:
         self._states: list[RequestState] = []  # in order of admission
 
     def __len__(self) -> int:
@@ -93,6 +89,17 @@ class Batcher:
     def remove(self, state: RequestState) -> None:
         """Let a request go: finished, failed or aborted."""
         self._states.remove(state)
+
+
+class Batcher(RequestQueue):
+    """Least remaining work first, in batches up to the knee of the measured curve."""
+
+    def __init__(self, max_rows: int, costs: StepCosts) -> None:
+        """``max_rows``: UNet rows a batch may have. One request alone may always run."""
+        super().__init__()
+        self._max_rows = max_rows
+        self._costs = costs
+        self._live = LiveWeights()
 
     def next_batch(self) -> list[RequestState]:
         """The requests that take the next step together, in order of admission; empty where none
