@@ -18,6 +18,7 @@ from experimance_controlnet.engine.kernels.quantise import (
     empty_quantised,
     make_plan,
 )
+from experimance_controlnet.engine.lora import LoraFactors
 from experimance_controlnet.engine.merger import AdapterMerger
 from experimance_controlnet.engine.network.fp8 import Fp8Products
 from experimance_controlnet.engine.network.unet import UnetNetwork
@@ -132,11 +133,18 @@ def network(unet: UNet2DConditionModel) -> tuple[UnetNetwork, AdapterMerger]:
     return network, merger
 
 
-def warm(work: ReplayedWork) -> None:
-    """Until it is replayed."""
+def recorded(evaluation: Evaluation) -> ReplayedWork:
+    """What replays it."""
+    work = ReplayedWork(evaluation, Recorder(torch.device("cuda")))
     for _ in range(3):
         work()
     assert work.recorded
+    return work
+
+
+def adapter_sets(unet: UNet2DConditionModel) -> list[tuple[tuple[LoraFactors, float], ...]]:
+    """None, and two others."""
+    return [(), ((make_factors(unet, 1), 0.8),), ((make_factors(unet, 2), -0.8),)]
 
 
 def test_a_step_is_near(unet: UNet2DConditionModel) -> None:
@@ -153,11 +161,9 @@ def test_a_recorded_step_sees_other_adapters(
     unet: UNet2DConditionModel, network: tuple[UnetNetwork, AdapterMerger]
 ) -> None:
     evaluation, merger = Evaluation(network[0]), network[1]
-    replayed = ReplayedWork(evaluation, Recorder(torch.device("cuda")))
-    sets = [(), ((make_factors(unet, 1), 0.8),), ((make_factors(unet, 2), -0.8),)]
-    warm(replayed)
+    replayed = recorded(evaluation)
     found = []
-    for adapters in sets:
+    for adapters in adapter_sets(unet):
         merger.apply(adapters)
         replayed()
         found.append(evaluation.noise.clone())
@@ -171,9 +177,7 @@ def test_20_switches_are_exact(
     unet: UNet2DConditionModel, network: tuple[UnetNetwork, AdapterMerger]
 ) -> None:
     evaluation, merger = Evaluation(network[0]), network[1]
-    replayed = ReplayedWork(evaluation, Recorder(torch.device("cuda")))
-    sets = [(), ((make_factors(unet, 1), 0.8),), ((make_factors(unet, 2), -0.8),)]
-    warm(replayed)
+    replayed, sets = recorded(evaluation), adapter_sets(unet)
     seen: dict[int, torch.Tensor] = {}
     for number in range(20):
         merger.apply(sets[number % 3])

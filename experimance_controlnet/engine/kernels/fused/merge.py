@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from experimance_controlnet.engine.kernels.fused.tables import TYPES, make_table, owners_of_tiles
 from experimance_controlnet.engine.kernels.merge import Target, pad_rank
 from experimance_controlnet.engine.transfers import to_device
 
@@ -26,7 +27,6 @@ _ROWS, _COLUMNS, _WARPS = 32, 256, 4  # the fastest of eight shapes on an H100; 
 _ALIGNMENT_BYTES = 16
 _RANK_STEP = 32
 """Of a product at most; 16 where a rank demands it. Two values, so two compilations at most."""
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -127,23 +127,18 @@ class _Launch:
         self._rank_step = math.gcd(_RANK_STEP, *(len(down) for _, down in factors))
         self._scales = torch.tensor([update.scale for update in updates], dtype=torch.float64)
         self._slots = torch.tensor([update.slot for update in updates], dtype=torch.int64)
-        self._updates = self._table(
-            [(up.data_ptr(), down.data_ptr(), len(down)) for up, down in factors]
+        self._updates = make_table(
+            [(up.data_ptr(), down.data_ptr(), len(down)) for up, down in factors], self._device
         )
         layers, tiles = _layer_rows(targets)
-        self._layers = self._table(layers)
-        self._tile_layers = torch.repeat_interleave(
-            torch.arange(len(tiles), dtype=torch.int32), torch.tensor(tiles)
-        ).to(self._device)
+        self._layers = make_table(layers, self._device)
+        self._tile_layers = owners_of_tiles(tiles, self._device)
 
     def _place(self, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         up, down = (
             _aligned(factor.to(self._device, self._factor_type)) for factor in pad_rank(up, down)
         )
         return up, down
-
-    def _table(self, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        return torch.tensor(rows, dtype=torch.int64).to(self._device)
 
     def run(self, strengths: Sequence[float]) -> None:
         scales = self._scales * torch.tensor(strengths, dtype=torch.float64)[self._slots]
@@ -152,8 +147,8 @@ class _Launch:
             self._layers,
             self._updates,
             to_device(scales.float(), self._device),
-            WEIGHT=_TYPES[self._weight_type],
-            FACTOR=_TYPES[self._factor_type],
+            WEIGHT=TYPES[self._weight_type],
+            FACTOR=TYPES[self._factor_type],
             ALIGNED=self._aligned,
             PRECISION="tf32x3" if self._weight_type == torch.float32 else "tf32",
             RANK_STEP=self._rank_step,
@@ -166,7 +161,7 @@ class _Launch:
 def _common_type(types: Iterable[torch.dtype]) -> torch.dtype:
     """The precision of all factors if it is one; fp32, which holds every other, if they differ."""
     found = set(types) or {torch.float16}
-    return found.pop() if len(found) == 1 and found <= _TYPES.keys() else torch.float32
+    return found.pop() if len(found) == 1 and found <= TYPES.keys() else torch.float32
 
 
 def _aligned(factor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from experimance_controlnet.engine.kernels.fused.tables import TYPES, make_table, owners_of_tiles
 from experimance_controlnet.engine.kernels.quantise import (
     E4M3_MAX,
     SMALLEST_AMAX,
@@ -20,7 +21,6 @@ from experimance_controlnet.engine.kernels.quantise import (
 )
 
 _ROWS, _COLUMNS, _WARPS = 8, 256, 4
-_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 _MAX = tl.constexpr(E4M3_MAX)
 _SMALLEST_AMAX = tl.constexpr(SMALLEST_AMAX)
 
@@ -84,15 +84,13 @@ class FusedPlan:
             layers.append((*place, rows, columns, copy.weight.stride(0), sum(tiles)))
             tiles.append(triton.cdiv(rows, _ROWS))
         device = copies[0].weight.device
-        self._layers = torch.tensor(layers, dtype=torch.int64).to(device)
-        self._tile_layers = torch.repeat_interleave(
-            torch.arange(len(tiles), dtype=torch.int32), torch.tensor(tiles)
-        ).to(device)
+        self._layers = make_table(layers, device)
+        self._tile_layers = owners_of_tiles(tiles, device)
 
     def run(self) -> None:
         _quantise_kernel[(len(self._tile_layers),)](
             self._tile_layers, self._layers,
-            WEIGHT=_TYPES[self._weight_type], ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
+            WEIGHT=TYPES[self._weight_type], ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
         )  # fmt: skip
 
 
