@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.figures import FIGURES
+from tests.benchmarks.process import run_benchmark
 
-ROOT = Path(__file__).parents[2]
 QUICK = (
     *("--tiny", "--skip-compile", "--repeats", "1", "--warm-up", "0", "--starts", "1"),
     *("--concurrency", "2", "--throughput-s", "1"),
@@ -25,20 +22,9 @@ SKIPPED = {"ratio_vs_compile"}
 
 def run(tmp_path: Path, *options: str) -> dict[str, Any]:
     """What it writes, which is also what it prints last."""
+    models = ("--models-dir", str(tmp_path / "models"))
     out = tmp_path / "results.json"
-    places = ("--models-dir", str(tmp_path / "models"), "--out", str(out))
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *QUICK, *options, *places],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert results == json.loads(out.read_text())
-    return results
+    return run_benchmark("gpu", *QUICK, *options, *models, out=out, timeout_s=580)
 
 
 @pytest.mark.timeout(600)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +18,8 @@ from benchmarks.traffic import COMPARED, Row
 from experimance_controlnet.engine.engine import Engine
 from experimance_controlnet.engine.fake import FakeRunner
 from experimance_controlnet.engine.request import Asset, GenerationRequest
+from tests.benchmarks.process import run_benchmark
 
-ROOT = Path(__file__).parents[2]
 COUNT = 24
 
 
@@ -90,19 +86,9 @@ def test_a_fixed_batch_does_not_wait_for_company_for_ever() -> None:
 
 @pytest.mark.timeout(300)
 def test_the_real_engine_serves_the_same_requests_under_every_policy(tmp_path: Path) -> None:
+    arguments = ("--seconds", "1", "--rounds", "2", "--scale", "0.125")
     out = tmp_path / "traffic.json"
-    arguments = ("--seconds", "1", "--rounds", "2", "--scale", "0.125", "--out", str(out))
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.traffic", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert result == json.loads(out.read_text("utf-8"))
+    result = run_benchmark("traffic", *arguments, out=out, timeout_s=280)
     assert result.keys() >= {"date", "commit", "command", "versions", "machine", "seed"}
     assert len(result["capacity_by_round"]) == 2 and min(result["capacity_by_round"]) > 0
     names = [(row["load"], row["policy"]) for row in result["rows"]]

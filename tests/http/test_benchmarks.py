@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parents[2]
+from tests.benchmarks.process import run_benchmark
 
 
 def run(benchmark: str, *arguments: str, out: Path) -> dict[str, Any]:
     """What it writes, which is also what it prints last."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{benchmark}", *arguments, "--out", str(out)],
-        cwd=FOLDER,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    printed: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert json.loads(out.read_text("utf-8")) == printed
+    printed = run_benchmark(benchmark, *arguments, out=out, timeout_s=200)
     assert printed["benchmark"] == benchmark
     assert printed["machine"]["cores"] > 0
     assert printed.keys() >= {"date", "command", "versions", "size_px"}
