@@ -8,7 +8,12 @@ import torch
 
 from experimance_controlnet.engine.graphs import Recorder, ReplayedWork
 from experimance_controlnet.engine.network.unet import ControlNetwork, TextConstants, UnetNetwork
-from experimance_controlnet.engine.request import Adapter, Conditioning, RequestState
+from experimance_controlnet.engine.request import (
+    Adapter,
+    Conditioning,
+    Control,
+    RequestState,
+)
 
 
 class StepConstants:
@@ -60,17 +65,17 @@ class StepConstants:
 
     def load(self, states: Sequence[RequestState]) -> None:
         """Make these requests' constants the ones in the buffers. Costs nothing where they are."""
-        owners = (states[0].key.adapters, [_conditioning(state) for state in states])
-        if self._belongs_to(*owners):
+        adapters, parts = states[0].key.adapters, [_conditioning(state) for state in states]
+        if self._belongs_to(adapters, parts):
             return
         self._owners = None  # until done: an error half-way must not leave a claim behind
         first = 0
-        for state in states:
+        for state, part in zip(states, parts, strict=True):
             rows = slice(first, first + state.request.rows)
-            self._bring(state, rows)
+            self._bring(part, state.request.control, rows)
             first = rows.stop
         self._derive()
-        self._owners = owners
+        self._owners = adapters, parts
 
     def _belongs_to(self, adapters: tuple[Adapter, ...], parts: Sequence[Conditioning]) -> bool:
         if self._owners is None:
@@ -82,8 +87,7 @@ class StepConstants:
             and all(one is other for one, other in zip(known, parts, strict=True))
         )
 
-    def _bring(self, state: RequestState, rows: slice) -> None:
-        part, control = _conditioning(state), state.request.control
+    def _bring(self, part: Conditioning, control: Control | None, rows: slice) -> None:
         sources = (part.prompt_embeds, part.pooled_embeds)
         if self._prompts is None:  # their widths are known now
             self._prompts = tuple(  # type: ignore[assignment]  # mypy forgets the length

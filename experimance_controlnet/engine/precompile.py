@@ -17,10 +17,8 @@ import structlog
 
 log = structlog.get_logger()
 
-_DEVICE_NODES = (
-    Path("/dev/nvidiactl"),
-    Path("/dev/dxg"),
-)  # NVIDIA's driver; the same below Windows
+_DEVICE_NODES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""NVIDIA's driver; the same below Windows."""
 
 
 def compile_in_background(precision: str) -> None:
