@@ -26,7 +26,7 @@ import transformers.utils.logging as transformers_logging
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cold_start, figures, peers, quality, references
+from benchmarks import cold_start, figures, memory, peers, quality, references
 from benchmarks.environment import MODEL_PACKAGES, device_facts, run_facts, versions
 from benchmarks.full_size import (
     FULL,
@@ -44,7 +44,8 @@ Result = dict[str, Any]
 
 PARTS = (
     *("peers", "compile"),
-    *("verify", "vae", "switch", "latency", "throughput", "quality", "cold", "cold_single_file"),
+    *("verify", "vae", "switch", "latency", "throughput", "quality", "memory"),
+    *("cold", "cold_single_file"),
 )
 
 
@@ -109,9 +110,14 @@ class Bench:
                 options.concurrency, options.throughput_s
             ),
             "quality": lambda: quality.compare_pictures(self.references, self.ours(precision)),
+            "memory": lambda: self._measure_memory(precision),
             "cold": lambda: self._measure_cold(precision, MODEL),
             "cold_single_file": lambda: self._measure_cold(precision, MODEL_IN_ONE_FILE),
         }
+
+    def _measure_memory(self, precision: str) -> Result:
+        self.drop_ours()
+        return memory.measure_tiers(self.files, self.device, precision, self.repeats)
 
     def _measure_cold(self, precision: str, model: str) -> Result:
         self.drop_ours()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from experimance_controlnet.engine.request import (
 )
 from experimance_controlnet.engine.runner import Runner
 from experimance_controlnet.engine.sdxl import SdxlRunner
+from experimance_controlnet.engine.tiers import MemoryTier
 from experimance_controlnet.settings import Settings
 
 Result = dict[str, Any]
@@ -41,11 +43,21 @@ _ON_A_CPU = {"fp16": FP32, "fp8": EMULATED_FP8}
 PHASES = ("queue_s", "encode_s", "denoise_s", "decode_s")
 
 
-def make_runner(files: FamilyFiles, device: torch.device, precision: str) -> SdxlRunner:
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the runner is told about memory; by default what the server tells it."""
+
+    tier: str | MemoryTier = "auto"
+    limit_bytes: int | None = None
+
+
+def make_runner(
+    files: FamilyFiles, device: torch.device, precision: str, memory: Memory = Memory()
+) -> SdxlRunner:
     """As the server does. A CPU computes in fp32 for fp16, and emulates fp8 on top of that."""
     catalog, store = load_catalog(str(files.catalog)), ModelStore(files.catalog.parent)
     chosen = precision if device.type == "cuda" else _ON_A_CPU[precision]
-    return SdxlRunner(catalog, store, device.type, chosen)
+    return SdxlRunner(catalog, store, device.type, chosen, memory.tier, memory.limit_bytes)
 
 
 def load_assets(runner: Runner, request: GenerationRequest) -> None:
@@ -57,11 +69,17 @@ def load_assets(runner: Runner, request: GenerationRequest) -> None:
 class Ours:
     """One runner in one precision, both eras' adapters read."""
 
-    def __init__(self, files: FamilyFiles, device: torch.device, precision: str) -> None:
+    def __init__(
+        self,
+        files: FamilyFiles,
+        device: torch.device,
+        precision: str,
+        memory: Memory = Memory(),
+    ) -> None:
         self.family: Family = files.family
         self.device, self.precision = device, precision
         progress(f"ours {precision}: loading")
-        self.runner = make_runner(files, device, precision)
+        self.runner = make_runner(files, device, precision, memory)
         for era in (FIRST_ERA, SECOND_ERA):
             load_assets(self.runner, standard_request(self.family, 0, era))
 

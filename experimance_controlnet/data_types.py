@@ -218,7 +218,9 @@ class GenerationMetadata(BaseModel):
     memory: MemoryUse
     notes: list[str] = Field(
         default_factory=list,
-        description="What had to be done differently, e.g. decoded again in full precision.",
+        description="What had to be done differently. Decoded again in full precision: vae_fp32. "
+        "For want of memory: decoded in tiles, vae_tiled; not computed beside others, batch_split; "
+        "graphs and idle models dropped, memory_released; parts moved to the host, offloaded.",
     )
     server_version: str
 
@@ -305,6 +307,10 @@ class HealthResponse(BaseModel):
     )
     precision: str = Field(
         description="fp32, fp16 or fp8; PRECISION in the first seconds, while the engine starts."
+    )
+    memory_tier: str = Field(
+        description="How much of a model stays on the GPU: resident, parked or minimal; "
+        "MEMORY_TIER in the first seconds, while the engine starts."
     )
     version: str
 

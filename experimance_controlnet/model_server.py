@@ -108,7 +108,7 @@ def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int
         compile_in_background(settings.precision)  # goes on beside the imports that follow
     store = ModelStore(settings.models_dir)
     make = partial(_make_runner, settings, catalog, store)
-    runner = LateRunner(make, settings.model_device, settings.precision)
+    runner = LateRunner(make, settings.model_device, settings.precision, settings.memory_tier)
     engine = Engine(
         runner,
         queue_capacity=settings.queue_capacity,
@@ -135,7 +135,14 @@ def _make_runner(settings: Settings, catalog: Catalog, store: ModelStore) -> Run
     from experimance_controlnet.engine.sdxl import SdxlRunner
 
     try:
-        return SdxlRunner(catalog, store, settings.model_device, settings.precision)
+        return SdxlRunner(
+            catalog,
+            store,
+            settings.model_device,
+            settings.precision,
+            settings.memory_tier,
+            settings.memory_limit_bytes,
+        )
     except SettingsError as error:  # no exception here would end the process with this status
         sys.stderr.write(_for_operator(error.message))
         os._exit(BAD_SETTINGS)

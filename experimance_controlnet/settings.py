@@ -37,6 +37,7 @@ LogLevel = Annotated[
 ]
 Device = Annotated[Literal["auto", "cuda", "cpu"], BeforeValidator(_lower)]
 Precision = Annotated[Literal["auto", "fp16", "fp8"], BeforeValidator(_lower)]
+Tier = Annotated[Literal["auto", "resident", "parked", "minimal"], BeforeValidator(_lower)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 
 
@@ -85,6 +86,19 @@ class Settings(BaseSettings):
         description="What they compute in. auto: fp16 on a GPU. fp8: faster and less exact, for "
         "GPUs of compute capability 8.9 or later.",
     )
+    memory_tier: Tier = Field(
+        "auto",
+        description="How much stays on the GPU. resident: all, the fastest. parked: text encoders "
+        "and unmerged copies wait in the host's memory. minimal: also without graphs, large "
+        "pictures decoded in tiles. auto: the fastest that the GPU has memory for.",
+    )
+    memory_limit_gb: float = Field(
+        0.0,
+        ge=0,
+        le=10_000,
+        allow_inf_nan=False,
+        description="GPU memory that the server may take in all, GB; 0: what is free.",
+    )
     queue_capacity: int = Field(
         64, ge=1, le=100_000, description="Images that may wait; beyond that: 429."
     )
@@ -123,6 +137,11 @@ class Settings(BaseSettings):
         """Names of the models to load at the start, in order, each once."""
         names = [name.strip() for name in self.preload_model.split(",")]
         return tuple(dict.fromkeys(name for name in names if name and name.lower() != "none"))
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """None: no limit."""
+        return round(self.memory_limit_gb * 10**9) or None
 
     @property
     def explicit_url(self) -> str | None:

@@ -127,9 +127,11 @@ class Batcher(RequestQueue):
         knee_rows = self._costs.knee_rows(width, height, self._max_rows)
         batch, rows = {leader}, leader.request.rows
         for state in others:
-            if rows < knee_rows and rows + state.request.rows <= self._max_rows:
+            more = rows + state.request.rows
+            fits = more <= self._max_rows and self._costs.fits(width, height, more)
+            if rows < knee_rows and fits:
                 batch.add(state)
-                rows += state.request.rows
+                rows = more
         return batch
 
     def _remaining_s(self, state: RequestState) -> float:

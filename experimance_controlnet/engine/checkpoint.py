@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ _TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 @dataclass(frozen=True, slots=True)
 class SdxlModules:
-    """The parts of one SDXL checkpoint, on one device, in evaluation mode."""
+    """The parts of one SDXL checkpoint in evaluation mode: on one device, or parked."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -52,12 +52,17 @@ class SdxlModules:
 
 
 def load_checkpoint(
-    source: Path, base: Path | None, device: torch.device, dtype: torch.dtype
+    source: Path,
+    base: Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    parked: Collection[str] = (),
 ) -> SdxlModules:
     """Read an SDXL model.
 
     ``source``: a diffusers folder, or a ``.safetensors`` file in the original SDXL layout.
-    ``base``: the diffusers folder that supplies what ``source`` lacks.
+    ``base``: the diffusers folder that supplies what ``source`` lacks. ``parked``: the components
+    that stay in the host's memory.
 
     Raises:
         BadWeightsError: a file is missing, damaged or does not fit its configuration.
@@ -67,7 +72,8 @@ def load_checkpoint(
         folders = _folders(source, base)
         parts: dict[str, Any] = {}
         for name in _COMPONENTS:
-            parts[name] = _load_part(name, source, _holding(name, folders), device, dtype)
+            place = torch.device("cpu") if name in parked else device
+            parts[name] = _load_part(name, source, _holding(name, folders), place, dtype)
         for name in _TOKENIZERS:
             parts[name] = CLIPTokenizer.from_pretrained(
                 _holding(name, folders), local_files_only=True

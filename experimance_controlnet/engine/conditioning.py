@@ -85,8 +85,8 @@ class PromptEncoder:
     ) -> None:
         """``cache_chunks``: chunks of 77 tokens to keep; SDXL's take 0.3 MB each in fp16."""
         self._pairs = (
-            (modules.tokenizer, RecordedTextEncoder(modules.text_encoder, recorder)),
-            (modules.tokenizer_2, RecordedTextEncoder(modules.text_encoder_2, recorder)),
+            (modules.tokenizer, RecordedTextEncoder(modules.text_encoder, device, recorder)),
+            (modules.tokenizer_2, RecordedTextEncoder(modules.text_encoder_2, device, recorder)),
         )
         # of the tokenizers alone: a cache that held this object would keep its encoders alive
         tokenizers = (modules.tokenizer, modules.tokenizer_2)
@@ -95,6 +95,11 @@ class PromptEncoder:
         self._cache: OrderedDict[Hashable, PromptEmbedding] = OrderedDict()
         self._cache_chunks = cache_chunks
         self._cached_chunks = 0
+
+    def park(self) -> None:
+        """Keep the encoders in the host's memory, for good; what they said stays on the device."""
+        for _, encoder in self._pairs:
+            encoder.park()
 
     def tokens(self, prompt: str) -> Tokens:
         """The prompt's tokens; no device is needed."""

@@ -48,6 +48,15 @@ class StepCosts:
         self._curves: dict[Size, _Curve] = {}
         self._switches: dict[SwitchKind, deque[float]] = {}
         self._estimates: dict[tuple[Size, int], float] = {}  # until the next observation
+        self._too_wide: dict[Size, int] = {}
+
+    def observe_failure(self, width: int, height: int, rows: int) -> None:
+        """A step of this many rows at this size did not fit into memory."""
+        self._too_wide[width, height] = min(rows, self._too_wide.get((width, height), rows))
+
+    def fits(self, width: int, height: int, rows: int) -> bool:
+        """Whether no step of so many rows, or fewer, has failed for want of memory."""
+        return rows < self._too_wide.get((width, height), rows + 1)
 
     def observe(self, width: int, height: int, rows: int, step_s: float) -> None:
         """A step of this many rows at this size, pixels, has taken ``step_s`` seconds."""

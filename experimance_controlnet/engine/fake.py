@@ -22,8 +22,11 @@ from experimance_controlnet.engine.request import (
     PixelImage,
     RequestState,
 )
-from experimance_controlnet.engine.runner import GpuMemory, PendingFrame
+from experimance_controlnet.engine.runner import GpuMemory, PendingFrame, Stage
 from experimance_controlnet.engine.schedulers import make_scheduler
+
+Fault = Callable[[str, list[GenerationRequest]], None]
+"""Called before each operation, with the requests that it is for; what it raises comes out."""
 
 
 class FakeFrame:
@@ -31,15 +34,22 @@ class FakeFrame:
 
     decode_s = 0.0
 
-    def __init__(self, request: GenerationRequest, ready_s: float) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        ready_s: float,
+        fault: Fault = lambda operation, requests: None,
+    ) -> None:
         """Ready when ``time.monotonic()`` is ``ready_s``."""
         self._request = request
         self._ready_s = ready_s
+        self._fault = fault
 
     def ready(self) -> bool:
         return time.monotonic() >= self._ready_s
 
     def result(self) -> tuple[PixelImage, list[str]]:
+        self._fault("result", [self._request])
         time.sleep(max(0.0, self._ready_s - time.monotonic()))
         colour = np.array([self._request.seed % 251 + 1, 128, 64], dtype=np.uint8)
         size = (self._request.height, self._request.width, 3)
@@ -50,12 +60,14 @@ class FakeRunner:
     """Takes ``step_s`` seconds a step and ``load_s`` a model; a frame is ready after ``frame_s``.
 
     ``fault(operation, requests)`` is called before each of ``make_room``, ``load`` and ``warm_up``
-    (without requests), ``admit``, ``prepare``, ``predict``, ``advance`` and ``decode``: raise in it
-    to make that fail.
+    (without requests), ``admit``, ``prepare``, ``predict``, ``advance``, ``decode`` and ``result``
+    of a frame: raise in it to make that fail. ``remedies`` are what :meth:`relieve` can do for each
+    request, in order; ``room(asset, in_use)`` is what :meth:`make_room` says.
     """
 
     device_name = "fake"
     precision = "fp32"
+    memory_tier = "resident"
 
     def __init__(
         self,
@@ -63,12 +75,16 @@ class FakeRunner:
         step_s: float = 0.0,
         load_s: float = 0.0,
         frame_s: float = 0.0,
-        fault: Callable[[str, list[GenerationRequest]], None] = lambda operation, requests: None,
+        fault: Fault = lambda operation, requests: None,
+        remedies: Sequence[str] = (),
+        room: Callable[[Asset, Collection[Asset]], bool] = lambda asset, in_use: True,
     ) -> None:
         self._step_s = step_s
         self._load_s = load_s
         self._frame_s = frame_s
         self._fault = fault
+        self._remedies = remedies
+        self._room = room
         self._models: list[str] = []
         self.batches: list[list[str]] = []
         """Request ids of each evaluation."""
@@ -81,14 +97,15 @@ class FakeRunner:
         return None
 
     def missing(self, request: GenerationRequest) -> Asset | None:
-        asset = Asset("model", request.model, request.model)
+        asset = Asset("model", request.model)
         return None if self.has(asset) else asset
 
     def has(self, asset: Asset) -> bool:
         return asset.name in self._models
 
-    def make_room(self, asset: Asset, in_use: Collection[str]) -> None:
+    def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
         self._fault("make_room", [])
+        return self._room(asset, in_use)
 
     def load(self, asset: Asset) -> Any:
         self._fault("load", [])
@@ -129,7 +146,7 @@ class FakeRunner:
 
     def decode(self, state: RequestState) -> PendingFrame:
         self._fault("decode", [state.request])
-        return FakeFrame(state.request, time.monotonic() + self._frame_s)
+        return FakeFrame(state.request, time.monotonic() + self._frame_s, self._fault)
 
     def warm_up(self) -> bool:
         self._fault("warm_up", [])
@@ -137,3 +154,6 @@ class FakeRunner:
 
     def release_memory(self) -> None:
         pass
+
+    def relieve(self, state: RequestState, stage: Stage, in_use: Collection[Asset]) -> str | None:
+        return next((note for note in self._remedies if note not in state.notes), None)

@@ -5,6 +5,8 @@ torch is imported where it is needed: whoever imports this should not have to wa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from experimance_controlnet.errors import DeviceMemoryError, GenerationError, WorkerError
 
 _OUT_OF_MEMORY_MESSAGES = (
@@ -32,6 +34,25 @@ def is_fatal(error: BaseException) -> bool:
     if is_out_of_memory(error) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, torch.AcceleratorError) or _says(error, _FATAL_MESSAGES)
+
+
+def attempt(work: Callable[[], object]) -> Exception | None:
+    """Do work for one request, or for none. Returns what went wrong with it, None: nothing.
+
+    The only place where the engine catches whatever may come. A fatal error goes on. One for want
+    of memory comes without its traceback, whose frames would keep the tensors alive that should
+    make room.
+    """
+    try:
+        work()
+    except Exception as error:
+        if is_fatal(error):
+            raise
+        if not is_out_of_memory(error):
+            return error
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
+    return None
 
 
 def as_worker_error(error: Exception) -> WorkerError:

@@ -23,15 +23,17 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 class Recorder:
     """Records work for one device. The engine's thread only."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
+        """Not ``enabled``: work stays as it is, and takes no more memory than that."""
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        on_cuda = enabled and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_cuda else None
+        self._side_stream = torch.cuda.Stream(device) if on_cuda else None
         # One pool for all graphs: they run one after the other and keep nothing in it between.
         self._pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
 
     def record(self, work: Work) -> Work:
-        """The same work, faster: a graph on CUDA, itself elsewhere.
+        """The same work, faster: a graph on CUDA, itself elsewhere and where not enabled.
 
         ``work`` must have run before: what is compiled or tuned at a first run cannot be recorded.
         """

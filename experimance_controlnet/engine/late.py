@@ -15,7 +15,7 @@ from experimance_controlnet.engine.request import (
     GenerationRequest,
     RequestState,
 )
-from experimance_controlnet.engine.runner import GpuMemory, PendingFrame, Runner
+from experimance_controlnet.engine.runner import GpuMemory, PendingFrame, Runner, Stage
 
 log = structlog.get_logger()
 
@@ -27,11 +27,14 @@ class LateRunner:
     :meth:`gpu_memory` say that there is nothing yet; nobody calls anything else.
     """
 
-    def __init__(self, make: Callable[[], Runner], device_wish: str, precision_wish: str) -> None:
+    def __init__(
+        self, make: Callable[[], Runner], device_wish: str, precision_wish: str, tier_wish: str
+    ) -> None:
         """``make`` is slow; the wishes stand for what comes of them until that is known."""
         self._make = make
         self._device_wish = device_wish
         self._precision_wish = precision_wish
+        self._tier_wish = tier_wish
         self._made: Runner | None = None
 
     def open(self) -> None:
@@ -43,6 +46,7 @@ class LateRunner:
             "engine_ready",
             device=self._made.device_name,
             precision=self._made.precision,
+            memory_tier=self._made.memory_tier,
             seconds=seconds,
         )
 
@@ -60,6 +64,10 @@ class LateRunner:
         return self._precision_wish if self._made is None else self._made.precision
 
     @property
+    def memory_tier(self) -> str:
+        return self._tier_wish if self._made is None else self._made.memory_tier
+
+    @property
     def loaded_models(self) -> tuple[str, ...]:
         return () if self._made is None else self._made.loaded_models
 
@@ -72,8 +80,8 @@ class LateRunner:
     def has(self, asset: Asset) -> bool:
         return self._runner.has(asset)
 
-    def make_room(self, asset: Asset, in_use: Collection[str]) -> None:
-        self._runner.make_room(asset, in_use)
+    def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
+        return self._runner.make_room(asset, in_use)
 
     def load(self, asset: Asset) -> Any:
         return self._runner.load(asset)
@@ -104,3 +112,6 @@ class LateRunner:
 
     def release_memory(self) -> None:
         self._runner.release_memory()
+
+    def relieve(self, state: RequestState, stage: Stage, in_use: Collection[Asset]) -> str | None:
+        return self._runner.relieve(state, stage, in_use)

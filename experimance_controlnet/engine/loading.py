@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from experimance_controlnet.engine.faults import is_fatal
+from experimance_controlnet.engine.faults import attempt, is_fatal, is_out_of_memory
 from experimance_controlnet.engine.request import Asset
 from experimance_controlnet.engine.runner import Runner
 
@@ -41,16 +41,21 @@ class Loads:
         self,
         runner: Runner,
         post: Callable[[Callable[[], None]], None],
-        models_in_use: Callable[[], set[str]],
+        needed_beside: Callable[[Asset], set[Asset]],
+        others_run: Callable[[], bool],
     ) -> None:
         """``post`` puts work into the engine's inbox; it is the only thing that the reading thread
-        calls.
+        calls. ``needed_beside`` says what must stay in memory when an asset comes, ``others_run``
+        whether requests are under way: when they end, more can leave.
         """
         self._runner = runner
         self._post = post
-        self._models_in_use = models_in_use
+        self._needed_beside = needed_beside
+        self._others_run = others_run
         self._waiters: dict[Asset, list[Waiter]] = {}  # in order of the first wish
         self._reading: Asset | None = None
+        self.short_of_room = False
+        """The next asset waits until no request is under way; then call :meth:`resume`."""
         self.totals: dict[str, LoadTotal] = {}
         """By model, for statistics. Copy it on another thread, do not iterate."""
 
@@ -67,21 +72,31 @@ class Loads:
         self._waiters.setdefault(asset, []).append(waiter)
         self._read_next()
 
+    def resume(self) -> None:
+        """Try anew: nothing runs any more that could make room."""
+        self._read_next()
+
     def _read_next(self) -> None:
+        self.short_of_room = False
         if self._reading is not None or not self._waiters:
             return
-        self._reading = asset = next(iter(self._waiters))
-        try:
-            self._runner.make_room(asset, in_use=self._models_in_use() - {asset.name})
-        except Exception as error:  # it ends those who wait for this, and nobody else
-            if is_fatal(error):
-                raise
+        asset = next(iter(self._waiters))
+        error = attempt(partial(self._make_room, asset))
+        if self.short_of_room:
+            return
+        self._reading = asset
+        if error is not None:  # it ends those who wait for this, and nobody else
             failed: Future[Any] = Future()
             failed.set_exception(error)
             self._post(partial(self._done, asset, failed))
             return
         # A daemon: a process that is told to stop must not wait for a disk.
         threading.Thread(target=self._read, args=(asset,), name="loader", daemon=True).start()
+
+    def _make_room(self, asset: Asset) -> None:
+        """When nothing else can leave, reading is tried all the same: what it takes is a guess."""
+        enough = self._runner.make_room(asset, self._needed_beside(asset))
+        self.short_of_room = not enough and self._others_run()
 
     def _read(self, asset: Asset) -> None:
         loaded: Future[Any] = Future()
@@ -112,6 +127,9 @@ class Loads:
             log.error(f"{asset.kind}_load_failed", **fields, exc_info=error)
             if not isinstance(error, Exception) or is_fatal(error):
                 raise error
+            if is_out_of_memory(error):
+                error.__traceback__ = None  # whose frames hold what was read
+                self._runner.release_memory()
         for waiter in waiters:
             waiter(error)
         self._read_next()

@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from experimance_controlnet.engine.kernels.host_merge import plan_anywhere
 from experimance_controlnet.engine.kernels.merge import (
     MergePlan,
     Target,
     Update,
     as_matrix,
     as_matrix_like,
-    make_plan,
 )
 from experimance_controlnet.engine.lora import LoraFactors
+from experimance_controlnet.engine.offload import to_host
 
 _PLANS = 8
 """Sets of adapters whose plans are kept: about a megabyte each, and some 50 ms to make anew."""
@@ -35,6 +36,7 @@ class AdapterMerger:
         """``component`` is the module's key in :attr:`LoraFactors.deltas`."""
         self._component = component
         self._module = module
+        self._parked = False  # pristine copies lie in the host's memory
         self._layers: dict[str, torch.nn.Module] = {}  # all that were ever touched
         self._pristine: dict[str, torch.Tensor] = {}  # of these
         self._places: list[int] = []  # where the plans believe their weights to be
@@ -44,7 +46,7 @@ class AdapterMerger:
 
     @property
     def pristine_bytes(self) -> int:
-        """What the copies take on the module's device."""
+        """What the copies take, wherever they lie."""
         return sum(copy.nbytes for copy in self._pristine.values())
 
     def on_write(self, listener: Callable[[], None]) -> None:
@@ -70,22 +72,27 @@ class AdapterMerger:
         self._listener()
         self._merged = wanted
 
-    def release_pristine(self) -> None:
-        """Unmerge everything and give up the copies, the plans and all hold on the weights.
+    def park(self) -> None:
+        """Move the pristine copies to the host's memory, for good. The live weights stay."""
+        self._parked = True
+        self._plans.clear()
+        for path, copy in self._pristine.items():
+            self._pristine[path] = to_host(copy) if copy.is_cuda else copy
 
-        The next adapters find the weights anew, wherever they are then. To be called before the
-        weights are moved or replaced for good; a weight that only moved is noticed without it.
-        """
-        self.apply(())
-        for held in (self._layers, self._pristine, self._places, self._plans):
-            held.clear()
+    def forget(self, factors: LoraFactors) -> None:
+        """Give up all hold on an adapter, merged or not; it stays merged until the next one is."""
+        for adapters in [adapters for adapters in self._plans if factors in adapters]:
+            del self._plans[adapters]
+        if self._merged is not None and factors in (merged for merged, _ in self._merged):
+            self._merged = None  # by what is merged nothing can be recognised any more
 
     def _plan(self, adapters: tuple[LoraFactors, ...]) -> MergePlan:
         self._follow_the_weights()
         plan = self._plans.pop(adapters, None)
         if plan is None:
             self._touch(adapters)
-            plan = make_plan([self._target(path, adapters) for path in self._pristine])
+            targets = [self._target(path, adapters) for path in self._pristine]
+            plan = plan_anywhere(targets)
         self._plans[adapters] = plan
         if len(self._plans) > _PLANS:
             del self._plans[next(iter(self._plans))]
@@ -97,7 +104,8 @@ class AdapterMerger:
         for path in sorted(touched - self._pristine.keys()):
             self._plans.clear()
             layer = self._module.get_submodule(path)
-            self._pristine[path] = _weight(layer).clone()
+            weight = _weight(layer)
+            self._pristine[path] = to_host(weight) if self._parked else weight.clone()
             self._layers[path] = layer
             self._places.append(_place(layer))
 
@@ -106,8 +114,6 @@ class AdapterMerger:
         places = [_place(layer) for layer in self._layers.values()]
         if places != self._places:
             self._plans.clear()
-            for path, copy in self._pristine.items():
-                self._pristine[path] = copy.to(_weight(self._layers[path]).device)
             self._places = places
 
     def _target(self, path: str, adapters: tuple[LoraFactors, ...]) -> Target:

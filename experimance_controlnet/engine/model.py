@@ -16,33 +16,37 @@ from experimance_controlnet.engine.merger import AdapterMerger
 from experimance_controlnet.engine.network.decoder import VaeDecoder
 from experimance_controlnet.engine.network.unet import ControlNetwork, UnetNetwork
 from experimance_controlnet.engine.precision import Precision
-from experimance_controlnet.engine.request import (
-    Adapter,
-    Conditioning,
-    GenerationRequest,
-    RequestState,
-)
+from experimance_controlnet.engine.request import Conditioning, GenerationRequest, RequestState
 from experimance_controlnet.engine.schedulers import (
     NoiseScheduler,
     make_scheduler,
     scheduler_config,
 )
+from experimance_controlnet.engine.tiers import MemoryTier
 from experimance_controlnet.engine.transfers import to_device
 from experimance_controlnet.engine.vae import Frame, ImageDecoder
 
 _STEP_SHAPES = 24
 """Shapes of a step for which a model keeps a program: 8 numbers of rows at three sizes."""
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+WeightedFactors = Sequence[tuple[LoraFactors, float]]
+"""Adapters and their strengths."""
 
 
 class SdxlModel:
-    """Text encoders, UNet and VAE of one checkpoint, and the adapters read for it.
+    """Text encoders, UNet and VAE of one checkpoint.
 
     The engine's thread only; ``modules`` may also be read by the one that loads adapters.
     """
 
     def __init__(
-        self, spec: ModelSpec, modules: SdxlModules, recorder: Recorder, precision: Precision
+        self,
+        spec: ModelSpec,
+        modules: SdxlModules,
+        recorder: Recorder,
+        precision: Precision,
+        tier: MemoryTier,
     ) -> None:
         """Takes the modules over: their weights are laid out anew.
 
@@ -50,9 +54,8 @@ class SdxlModel:
             BadWeightsError: they are not built as SDXL's are.
         """
         self.modules = modules
-        self.adapters: dict[str, LoraFactors] = {}
-        """Read against these modules, by name."""
         self._spec = spec
+        self._tier = tier
         self._recorder = recorder
         self._unet = UnetNetwork(modules.unet, precision.make_products())
         self._decoder = ImageDecoder(modules.vae, VaeDecoder(modules.vae), recorder)
@@ -60,6 +63,10 @@ class SdxlModel:
         self._mergers = {name: AdapterMerger(name, getattr(modules, name)) for name in COMPONENTS}
         self._mergers["unet"].on_write(self._unet.weights_changed)
         self._programs: ProgramCache[StepShape, StepProgram] = ProgramCache(_STEP_SHAPES)
+        self.parked = False
+        """Text encoders and pristine copies are in the host's memory."""
+        if tier.parks:
+            self.park()
 
     def scheduler(self, request: GenerationRequest) -> NoiseScheduler:
         """A scheduler for this request alone: schedulers carry state."""
@@ -87,10 +94,14 @@ class SdxlModel:
         return to_device(latents, self._unet.device)
 
     def condition(
-        self, request: GenerationRequest, chunks: int, control_features: torch.Tensor | None
+        self,
+        request: GenerationRequest,
+        adapters: WeightedFactors,
+        chunks: int,
+        control_features: torch.Tensor | None,
     ) -> Conditioning:
-        """Encode the prompts, padded to ``chunks``, with the request's adapters merged."""
-        adapters = self._merge(request.adapters, _TEXT_ENCODERS)
+        """Encode the prompts, padded to ``chunks``, with these adapters merged."""
+        self._merge(adapters, TEXT_ENCODERS)
         weights_key = tuple((a.name, w) for a, w in adapters if a.touches_text())
         prompts = [self._prompts.encode(request.prompt, chunks, weights_key)]
         if request.rows == 2 and request.negative_prompt is not None:
@@ -111,32 +122,44 @@ class SdxlModel:
         )
 
     def predict(
-        self, states: Sequence[RequestState], controlnets: Mapping[str, ControlNetwork]
+        self,
+        states: Sequence[RequestState],
+        adapters: WeightedFactors,
+        controlnets: Mapping[str, ControlNetwork],
     ) -> list[torch.Tensor]:
-        """The guided noise of each request, (1, 4, H/8, W/8) fp32, with their adapters merged."""
-        self._merge(states[0].key.adapters, ("unet",))
+        """The guided noise of each request, (1, 4, H/8, W/8) fp32, with these adapters merged."""
+        self._merge(adapters, ("unet",))
         shape = shape_of(states)
         program = self._programs.get(shape, lambda: self._program(shape, controlnets))
         return program(states)
 
-    def decode(self, latents: torch.Tensor) -> Frame:
-        """Begin to make pixels of latents (1, 4, h, w) fp32."""
-        return self._decoder.decode(latents)
+    def decode(self, latents: torch.Tensor, tiled: bool) -> Frame:
+        """Begin to make pixels of latents (1, 4, h, w) fp32; ``tiled`` where the tier is not."""
+        return self._decoder.decode(latents, tiled=tiled or self._tier.tiles)
 
-    def release_memory(self) -> None:
+    def clear_programs(self) -> None:
         """Give up the programs; they are made again when they are needed."""
         self._programs.clear()
         self._decoder.clear()
+
+    def park(self) -> None:
+        """Move what can wait to the host's memory, for good: text encoders, pristine copies."""
+        if not self.parked:
+            self._prompts.park()
+            for merger in self._mergers.values():
+                merger.park()
+            self.parked = True
+
+    def forget(self, adapter: LoraFactors) -> None:
+        """Give up all hold on an adapter that leaves memory."""
+        for merger in self._mergers.values():
+            merger.forget(adapter)
 
     def _program(self, shape: StepShape, controlnets: Mapping[str, ControlNetwork]) -> StepProgram:
         acting = {name: controlnets[name] for name in shape.controlnets}
         return StepProgram(shape, self._unet, acting, self._recorder)
 
-    def _merge(
-        self, adapters: Sequence[Adapter], components: Sequence[str]
-    ) -> list[tuple[LoraFactors, float]]:
+    def _merge(self, adapters: WeightedFactors, components: Sequence[str]) -> None:
         """Make these adapters the ones merged into these components."""
-        factors = [(self.adapters[adapter.name], adapter.weight) for adapter in adapters]
         for component in components:
-            self._mergers[component].apply(factors)
-        return factors
+            self._mergers[component].apply(adapters)

@@ -23,11 +23,13 @@ class Precision:
     """Of weights and activations; the VAE's may differ."""
     make_products: Callable[[], Products]
     """For the UNet of one model."""
+    copies_bytes: int = 0
+    """What these products keep beside the weights of SDXL's UNet."""
 
 
 FP32 = Precision("fp32", torch.float32, HalfProducts)
 FP16 = Precision("fp16", torch.float16, HalfProducts)
-FP8 = Precision("fp8", torch.float16, Fp8Products)
+FP8 = Precision("fp8", torch.float16, Fp8Products, copies_bytes=1_500_000_000)
 EMULATED_FP8 = Precision("fp8", torch.float32, Fp8Products)
 """fp8's rounding on a device that has no fp8, for tests: slower than fp32, and no better."""
 

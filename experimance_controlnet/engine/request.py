@@ -74,6 +74,15 @@ class GenerationRequest:
         """UNet evaluations a step: guidance needs an unconditional one beside the conditional."""
         return 2 if self.cfg > 1 else 1
 
+    @property
+    def assets(self) -> tuple[Asset, ...]:
+        """What has to be in memory before it can begin, the model first."""
+        assets = [Asset("model", self.model)]
+        if self.control is not None:
+            assets.append(Asset("controlnet", self.control.controlnet))
+        assets += [Asset("lora", adapter.name, self.model) for adapter in self.adapters]
+        return tuple(assets)
+
 
 @dataclass(frozen=True, slots=True)
 class Asset:
@@ -81,8 +90,12 @@ class Asset:
 
     kind: Literal["model", "controlnet", "lora"]
     name: str
-    model: str
-    """The model that it is for: a LoRA is read against its modules."""
+    model: str | None = None
+    """The model that a LoRA is for: it is read against its modules. None for the other kinds."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.kind == "lora"):
+            raise ValueError(f"{self}: a LoRA is for one model, nothing else is")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +186,8 @@ class RequestState:
     """(1, 4, height/8, width/8) fp32 on the device; None before the first step."""
     conditioning: Conditioning | None = None
     """None before the first step."""
+    tiled: bool = False
+    """There was too little memory to decode it in one piece."""
     notes: list[str] = field(default_factory=list)
     """What the engine had to do differently for this request (e.g. decode again in fp32)."""
 

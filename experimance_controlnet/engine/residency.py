@@ -1,68 +1,75 @@
-"""Which models are in memory: as many as fit by measured free memory, least recently used leave."""
+"""What is in memory: as much as fits by measured free memory, the least recently used leaves."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from typing import Generic, TypeVar
+from typing import Any
 
-import psutil
 import structlog
-import torch
+
+from experimance_controlnet.engine.request import Asset
 
 log = structlog.get_logger()
 
-ModelT = TypeVar("ModelT")
 
-ACTIVATION_BYTES = 3 * 1024**3
-"""Left free for activations: what a 1024x1024 batch needs beside the weights, with a margin."""
+class Residency:
+    """Models, ControlNets and LoRAs in memory, in order of use. Reading is safe on any thread."""
 
-
-def free_memory_bytes(device: torch.device) -> int:
-    """Free memory where models live: the device's, or the host's for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
-
-
-class ResidentModels(Generic[ModelT]):
-    """Loaded models by name, in order of use. Reading ``names`` is safe on any thread."""
-
-    def __init__(self, free_bytes: Callable[[], int], release: Callable[[], None]) -> None:
-        """``free_bytes`` measures, ``release`` gives the memory of dropped models back."""
+    def __init__(
+        self,
+        free_bytes: Callable[[], int],
+        release: Callable[[], None],
+        forget: Callable[[Asset, Any], None] = lambda asset, thing: None,
+    ) -> None:
+        """``free_bytes`` measures, ``release`` gives the memory of what was dropped back;
+        ``forget`` is told of each thing that is about to leave.
+        """
         self._free_bytes = free_bytes
         self._release = release
-        self._models: OrderedDict[str, ModelT] = OrderedDict()
+        self._forget = forget
+        self._things: OrderedDict[Asset, Any] = OrderedDict()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._models)
+    def names(self, kind: str) -> tuple[str, ...]:
+        """Of all assets of that kind, the least recently used first."""
+        return tuple(asset.name for asset in tuple(self._things) if asset.kind == kind)
 
-    def peek(self, name: str) -> ModelT:
-        """The model; it does not count as a use. Safe on any thread."""
-        return self._models[name]
+    def __contains__(self, asset: Asset) -> bool:
+        return asset in self._things
 
-    def use(self, name: str) -> ModelT:
-        """The model, which thereby becomes the most recently used."""
-        self._models.move_to_end(name)
-        return self._models[name]
+    def peek(self, asset: Asset) -> Any:
+        """What was added for the asset; it does not count as a use."""
+        return self._things[asset]
 
-    def add(self, name: str, model: ModelT) -> None:
-        self._models[name] = model
+    def use(self, asset: Asset) -> Any:
+        """The same; the asset thereby becomes the most recently used."""
+        self._things.move_to_end(asset)
+        return self._things[asset]
 
-    def drop(self, name: str) -> None:
-        del self._models[name]
+    def add(self, asset: Asset, thing: Any) -> None:
+        self._things[asset] = thing
+
+    def drop(self, asset: Asset) -> None:
+        """Let the asset go, and with a model the LoRAs that were read against it."""
+        if asset.kind == "model":
+            for lora in [lora for lora in self._things if lora.model == asset.name]:
+                del self._things[lora]
+        self._forget(asset, self._things[asset])
+        del self._things[asset]
         self._release()
-        log.info("model_unloaded", model=name)
+        log.info(f"{asset.kind}_unloaded", **{asset.kind: asset.name})
 
-    def make_room(self, needed_bytes: int, in_use: Collection[str]) -> None:
-        """Drop idle models until the bytes are free, or none is left to drop: then loading may
-        still succeed, since what is needed is an estimate.
-        """
-        if self._free_bytes() < needed_bytes:
-            self._release()  # what allocators keep for later counts as used
-        for name in tuple(self._models):
+    def drop_idle(self, in_use: Collection[Asset]) -> None:
+        """Let everything go that is not in use."""
+        for asset in tuple(self._things):
+            if asset in self._things and asset not in in_use:
+                self.drop(asset)
+
+    def make_room(self, needed_bytes: int, in_use: Collection[Asset]) -> bool:
+        """Drop idle assets until the bytes are free; False where that does not suffice."""
+        for asset in tuple(self._things):
             if self._free_bytes() >= needed_bytes:
-                return
-            if name not in in_use:
-                self.drop(name)
+                return True
+            if asset in self._things and asset not in in_use:
+                self.drop(asset)
+        return self._free_bytes() >= needed_bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from experimance_controlnet.engine.request import (
     Asset,
@@ -26,6 +26,10 @@ class GpuMemory:
     allocated_bytes: int
     reserved_bytes: int
     total_bytes: int
+
+
+Stage = Literal["prepare", "predict", "decode"]
+"""What can be done again: nothing of the request has changed when it fails."""
 
 
 class PendingFrame(Protocol):
@@ -58,6 +62,10 @@ class Runner(Protocol):
         """What it computes in: ``fp32``, ``fp16`` or ``fp8``. The same for its whole life."""
 
     @property
+    def memory_tier(self) -> str:
+        """``resident``, ``parked`` or ``minimal``: how much stays on the device."""
+
+    @property
     def loaded_models(self) -> tuple[str, ...]:
         """Names of the models in memory."""
 
@@ -70,8 +78,9 @@ class Runner(Protocol):
     def has(self, asset: Asset) -> bool:
         """Whether it is in memory."""
 
-    def make_room(self, asset: Asset, in_use: Collection[str]) -> None:
-        """Drop models that are not in use, least recently used first, until the asset fits.
+    def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
+        """Drop what is not in use, least recently used first, until the asset fits. False: by
+        estimate it does not.
 
         Raises:
             ModelFileError: its files are missing.
@@ -102,7 +111,7 @@ class Runner(Protocol):
         """
 
     def prepare(self, state: RequestState) -> None:
-        """Make what the first step needs: embeddings, control image, noise."""
+        """Make what the first step needs: embeddings, control image, noise. The same each time."""
 
     def predict(self, states: Sequence[RequestState]) -> Sequence[Any]:
         """Evaluate the network once for all; one prediction a request. Changes no state.
@@ -123,3 +132,9 @@ class Runner(Protocol):
 
     def release_memory(self) -> None:
         """Give cached device memory back after an out-of-memory error."""
+
+    def relieve(self, state: RequestState, stage: Stage, in_use: Collection[Asset]) -> str | None:
+        """There was too little memory for ``stage`` of this request, which will be tried again: do
+        the mildest thing against it that was not done for this request yet. Returns a note that
+        says what; None where nothing is left to do.
+        """

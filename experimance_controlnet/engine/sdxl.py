@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from experimance_controlnet.catalog.specs import Catalog, ModelSpec, Source
+from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.engine import denoise
-from experimance_controlnet.engine.checkpoint import load_checkpoint, load_controlnet
+from experimance_controlnet.engine.assets import AssetReader
 from experimance_controlnet.engine.conditioning import depth_to_control
+from experimance_controlnet.engine.device import DeviceMemory, Pace, choose_device
 from experimance_controlnet.engine.graphs import Recorder
-from experimance_controlnet.engine.lora import load_lora
+from experimance_controlnet.engine.lora import LoraFactors
 from experimance_controlnet.engine.model import SdxlModel
 from experimance_controlnet.engine.network.unet import ControlNetwork
 from experimance_controlnet.engine.precision import Precision, choose_precision
@@ -25,48 +25,11 @@ from experimance_controlnet.engine.request import (
     PhaseTimer,
     RequestState,
 )
-from experimance_controlnet.engine.residency import (
-    ACTIVATION_BYTES,
-    ResidentModels,
-    free_memory_bytes,
-)
-from experimance_controlnet.engine.runner import GpuMemory
+from experimance_controlnet.engine.residency import Residency
+from experimance_controlnet.engine.runner import GpuMemory, Stage
+from experimance_controlnet.engine.tiers import MemoryTier, choose_tier
 from experimance_controlnet.engine.vae import Frame
 from experimance_controlnet.engine.warmup import WarmUps
-from experimance_controlnet.errors import ModelFileError, SettingsError
-
-
-class _Pace:
-    """Keeps the host one step ahead of the device, and no further: enough that the device never
-    waits, little enough that a new request joins at the next step but one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._step_before: torch.cuda.Event | None = None
-
-    def step_launched(self) -> None:
-        """Wait for the step before this one."""
-        if not self._on_cuda:
-            return
-        event = torch.cuda.Event()
-        event.record()
-        if self._step_before is not None:
-            self._step_before.synchronize()
-        self._step_before = event
-
-
-def choose_device(wish: str) -> torch.device:
-    """``auto`` is CUDA where there is one. ``wish`` is ``auto``, ``cuda`` or ``cpu``.
-
-    Raises:
-        SettingsError: CUDA is wished for and there is none.
-    """
-    if wish == "auto":
-        wish = "cuda" if torch.cuda.is_available() else "cpu"
-    if wish == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("MODEL_DEVICE (--model-device): there is no CUDA device here")
-    return torch.device(wish)
 
 
 class SdxlRunner:
@@ -78,27 +41,29 @@ class SdxlRunner:
         store: ModelStore,
         device: str = "auto",
         precision: str | Precision = "auto",
+        tier: str | MemoryTier = "auto",
+        memory_limit_bytes: int | None = None,
     ) -> None:
         """The store holds the files already: fetching them is not the runner's job.
 
-        ``precision``: a wish, see :func:`choose_precision`, or one that is taken as it is.
+        ``precision`` and ``tier``: wishes, see :func:`choose_precision` and :func:`choose_tier`, or
+        taken as they are. ``memory_limit_bytes``: see :class:`DeviceMemory`.
 
         Raises:
-            SettingsError: there is no such device, or it cannot compute in that precision.
+            SettingsError: there is no such device, or not with that precision or memory.
         """
-        self._catalog = catalog
-        self._store = store
         self._device = choose_device(device)
+        self._memory = DeviceMemory(self._device, memory_limit_bytes)
         if isinstance(precision, str):
             precision = choose_precision(precision, self._device)
         self._precision = precision
-        self._dtype = precision.dtype
-        self._models: ResidentModels[SdxlModel] = ResidentModels(
-            free_bytes=lambda: free_memory_bytes(self._device), release=self.release_memory
-        )
-        self._controlnets: dict[str, ControlNetwork] = {}
-        self._recorder = Recorder(self._device)
-        self._pace = _Pace(self._device)
+        if isinstance(tier, str):
+            tier = choose_tier(tier, self._memory.budget_bytes, precision)
+        self._tier = tier
+        recorder = Recorder(self._device, enabled=tier.records)
+        self._reader = AssetReader(catalog, store, self._device, precision, tier, recorder)
+        self._assets = Residency(self._memory.free_bytes, self._memory.release, self._forget)
+        self._pace = Pace(self._device)
         self._warm_ups = WarmUps(self)
 
     @property
@@ -112,93 +77,72 @@ class SdxlRunner:
         return self._precision.name
 
     @property
+    def memory_tier(self) -> str:
+        return self._tier.name
+
+    @property
     def loaded_models(self) -> tuple[str, ...]:
-        return self._models.names
+        return self._assets.names("model")
 
     def gpu_memory(self) -> GpuMemory | None:
-        if self._device.type != "cuda":
-            return None
-        return GpuMemory(
-            allocated_bytes=torch.cuda.memory_allocated(self._device),
-            reserved_bytes=torch.cuda.memory_reserved(self._device),
-            total_bytes=torch.cuda.mem_get_info(self._device)[1],
-        )
+        return self._memory.use()
 
-    # ---- models -----------------------------------------------------------------------------
+    # ---- models, ControlNets, LoRAs ---------------------------------------------------------
 
     def missing(self, request: GenerationRequest) -> Asset | None:
-        wanted = [Asset("model", request.model, request.model)]
-        if request.control is not None:
-            wanted.append(Asset("controlnet", request.control.controlnet, request.model))
-        wanted += [Asset("lora", adapter.name, request.model) for adapter in request.adapters]
-        return next((asset for asset in wanted if not self.has(asset)), None)
+        return next((asset for asset in request.assets if not self.has(asset)), None)
 
     def has(self, asset: Asset) -> bool:
-        match asset.kind:
-            case "model":
-                return asset.name in self._models.names
-            case "controlnet":
-                return asset.name in self._controlnets
-            case "lora":
-                return asset.name in self._models.peek(asset.model).adapters
+        return asset in self._assets
 
-    def make_room(self, asset: Asset, in_use: Collection[str]) -> None:
-        path = self._file(self._source(asset))
-        files = [path] if path.is_file() else path.rglob("*.safetensors")
-        weights_bytes = sum(file.stat().st_size for file in files)
-        self._models.make_room(weights_bytes + ACTIVATION_BYTES, in_use)
+    def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
+        needed_bytes = self._reader.needed_bytes(asset)
+        if self._memory.free_bytes() < needed_bytes:
+            self.release_memory()  # graphs are made again sooner than anything is read
+        return self._assets.make_room(needed_bytes, in_use)
 
     def load(self, asset: Asset) -> Any:
-        path = self._file(self._source(asset))
         match asset.kind:
             case "model":
-                return self._load_model(self._catalog.models[asset.name], path)
+                return self._reader.read_model(asset.name)
             case "controlnet":
-                return ControlNetwork(load_controlnet(path, self._device, self._dtype))
+                return self._reader.read_controlnet(asset.name)
             case "lora":
-                modules = self._models.peek(asset.model).modules
-                return load_lora(asset.name, path, modules, self._device)
-
-    def _load_model(self, spec: ModelSpec, path: Path) -> SdxlModel:
-        base = self._file(spec.base_source) if spec.base_source else None
-        modules = load_checkpoint(path, base, self._device, self._dtype)
-        return SdxlModel(spec, modules, self._recorder, self._precision)
+                assert asset.model is not None, "a LoRA is read against a model"
+                modules = self._peek(asset.model).modules
+                return self._reader.read_lora(asset.name, modules)
 
     def install(self, asset: Asset, loaded: Any) -> None:
+        self._assets.add(asset, loaded)
         match asset.kind:
             case "model":
-                self._models.add(asset.name, loaded)
                 self._plan_warm_up(asset.name)
             case "controlnet":
-                self._controlnets[asset.name] = loaded
-                for model in self._models.names:
+                for model in self.loaded_models:
                     self._plan_warm_up(model)
-            case "lora":
-                self._models.peek(asset.model).adapters[asset.name] = loaded
 
     def unload(self, model: str) -> None:
-        self._models.drop(model)
+        self._assets.drop(Asset("model", model))
 
-    def _source(self, asset: Asset) -> Source:
-        match asset.kind:
-            case "model":
-                return self._catalog.models[asset.name].source
-            case "controlnet":
-                return self._catalog.controlnets[asset.name].source
-            case "lora":
-                return self._catalog.loras[asset.name].source
+    def _forget(self, asset: Asset, thing: Any) -> None:
+        """Nothing else may keep what leaves memory alive."""
+        if asset.model is not None:  # a LoRA
+            self._peek(asset.model).forget(thing)
+        elif asset.kind == "controlnet":  # it acts in programs
+            self._clear_programs()
 
-    def _file(self, source: Source) -> Path:
-        path = self._store.path(source)
-        if path is None:
-            name = source.uri.rpartition("/")[2]
-            raise ModelFileError(f"The files of {name} are not on this server's disk.")
-        return path
+    def _peek(self, model: str) -> SdxlModel:
+        found: SdxlModel = self._assets.peek(Asset("model", model))
+        return found
+
+    def _use(self, model: str) -> SdxlModel:
+        found: SdxlModel = self._assets.use(Asset("model", model))
+        return found
 
     # ---- requests ---------------------------------------------------------------------------
 
     def admit(self, request: GenerationRequest, accepted_s: float) -> RequestState:
-        model = self._models.use(request.model)
+        model = self._use(request.model)
         chunks = model.token_chunks(request)
         key = BatchKey(request.model, request.adapters, request.width, request.height, chunks)
         return RequestState(
@@ -206,29 +150,47 @@ class SdxlRunner:
             key=key,
             timer=PhaseTimer(accepted_s),
             scheduler=model.scheduler(request),
-            generator=torch.Generator("cpu").manual_seed(request.seed),
+            generator=torch.Generator("cpu"),
         )
 
     @torch.inference_mode()
     def prepare(self, state: RequestState) -> None:
         request = state.request
-        model = self._models.use(request.model)
+        for asset in request.assets:
+            self._assets.use(asset)
+        model = self._use(request.model)
         # what keeps the device busy first, what the host has to compute last
         features = self._control_features(request)
-        state.conditioning = model.condition(request, state.key.token_chunks, features)
+        chunks = state.key.token_chunks
+        state.conditioning = model.condition(request, self._adapters(state), chunks, features)
+        state.generator.manual_seed(request.seed)
         state.latents = model.noise(state)
 
     def _control_features(self, request: GenerationRequest) -> torch.Tensor | None:
         if request.control is None:
             return None
         depth, size = request.control.depth, (request.height, request.width)
-        image = depth_to_control(depth, *size, self._device, self._dtype)
-        return self._controlnets[request.control.controlnet].features(image)
+        image = depth_to_control(depth, *size, self._device, self._precision.dtype)
+        controlnet: ControlNetwork = self._assets.peek(
+            Asset("controlnet", request.control.controlnet)
+        )
+        return controlnet.features(image)
+
+    def _adapters(self, state: RequestState) -> list[tuple[LoraFactors, float]]:
+        key = state.key
+        return [
+            (self._assets.peek(Asset("lora", adapter.name, key.model)), adapter.weight)
+            for adapter in key.adapters
+        ]
 
     @torch.inference_mode()
     def predict(self, states: Sequence[RequestState]) -> list[torch.Tensor]:
-        model = self._models.use(states[0].key.model)
-        predictions = model.predict(states, self._controlnets)
+        model = self._use(states[0].key.model)
+        controlnets = {
+            name: self._assets.peek(Asset("controlnet", name))
+            for name in self._assets.names("controlnet")
+        }
+        predictions = model.predict(states, self._adapters(states[0]), controlnets)
         self._pace.step_launched()
         return predictions
 
@@ -239,17 +201,37 @@ class SdxlRunner:
     @torch.inference_mode()
     def decode(self, state: RequestState) -> Frame:
         assert state.latents is not None, "decode() comes after the last step"
-        return self._models.use(state.request.model).decode(state.latents)
+        return self._use(state.request.model).decode(state.latents, state.tiled)
+
+    # ---- in the pauses, and when memory runs out --------------------------------------------
 
     def warm_up(self) -> bool:
         return self._warm_ups.do_one_piece()
 
     def _plan_warm_up(self, model: str) -> None:
         if self._device.type == "cuda":  # elsewhere nothing is compiled or recorded
-            self._warm_ups.plan(model, next(iter(self._controlnets), None))
+            self._warm_ups.plan(model, next(iter(self._assets.names("controlnet")), None))
 
     def release_memory(self) -> None:
-        for name in self._models.names:
-            self._models.peek(name).release_memory()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._clear_programs()
+        self._memory.release()
+
+    def _clear_programs(self) -> None:
+        for model in self.loaded_models:
+            self._peek(model).clear_programs()
+
+    def relieve(self, state: RequestState, stage: Stage, in_use: Collection[Asset]) -> str | None:
+        model = self._peek(state.request.model)
+        note: str | None = None
+        if "memory_released" not in state.notes:
+            self._assets.drop_idle(in_use)
+            note = "memory_released"
+        elif stage == "decode" and not state.tiled:
+            state.tiled = True
+            note = "vae_tiled"
+        elif not model.parked:
+            model.park()
+            note = "offloaded"
+        if note is not None:
+            self.release_memory()
+        return note

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from experimance_controlnet.engine.graphs import Recorder, ReplayedWork
+from experimance_controlnet.engine.graphs import Recorder, ReplayedWork, Work
 from experimance_controlnet.engine.network.attention import fastest_attention
+from experimance_controlnet.engine.offload import stream_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +23,20 @@ class TextOutput:
 class RecordedTextEncoder:
     """Called as compel calls the module it stands for. The engine's thread only."""
 
-    def __init__(self, module: Any, recorder: Recorder) -> None:
-        """``module``: CLIPTextModel or CLIPTextModelWithProjection."""
+    def __init__(self, module: Any, device: torch.device, recorder: Recorder) -> None:
+        """``module``: CLIPTextModel or CLIPTextModelWithProjection, evaluated on ``device``."""
         self.module = module
-        self.device: torch.device = module.device
+        self.device = device
         self.dtype: torch.dtype = module.dtype
         tokens = (1, module.config.max_position_embeddings)
         self._token_ids = torch.zeros(tokens, dtype=torch.long, device=self.device)
         self._output: TextOutput | None = None
-        self._evaluate = ReplayedWork(self._evaluate_once, recorder)
+        self._evaluate: Work = ReplayedWork(self._evaluate_once, recorder)
+
+    def park(self) -> None:
+        """Keep the weights in the host's memory; they travel at each call. For good."""
+        self._evaluate = self._evaluate_once  # a graph would read where the weights were
+        stream_weights(self.module, self.device)
 
     def __call__(
         self, token_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_options: Any

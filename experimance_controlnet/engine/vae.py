@@ -7,6 +7,7 @@ bytes, judged and copied to pinned memory of the host in one go.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -18,6 +19,7 @@ from experimance_controlnet.engine.graphs import ProgramCache, Recorder, Replaye
 from experimance_controlnet.engine.network.attention import fastest_attention
 from experimance_controlnet.engine.network.decoder import VaeDecoder
 from experimance_controlnet.engine.request import PixelImage
+from experimance_controlnet.engine.tiling import decode_in_tiles, needs_tiles
 from experimance_controlnet.errors import NanOutputError
 
 log = structlog.get_logger()
@@ -34,14 +36,18 @@ class ImageDecoder:
         self._vae = vae
         self._network = network
         self._recorder = recorder
-        self._programs: ProgramCache[tuple[int, int], _DecodeProgram] = ProgramCache(_SIZES)
+        self._programs: ProgramCache[tuple[int, int, bool], _DecodeProgram] = ProgramCache(_SIZES)
 
-    def decode(self, latents: torch.Tensor) -> Frame:
-        """Begin to decode one image; ``latents``: (1, 4, h, w) fp32, in the UNet's scale."""
+    def decode(self, latents: torch.Tensor, *, tiled: bool = False) -> Frame:
+        """Begin to decode one image; ``latents``: (1, 4, h, w) fp32, in the UNet's scale.
+
+        ``tiled``: in tiles where it is larger than one, for want of memory.
+        """
         height, width = latents.shape[-2:]
+        tiled = tiled and needs_tiles(height, width)
         program = self._programs.get(
-            (height, width),
-            lambda: _DecodeProgram(self._vae, self._network, latents, self._recorder),
+            (height, width, tiled),
+            lambda: _DecodeProgram(self._vae, self._network, latents, self._recorder, tiled),
         )
         return Frame(program, latents)
 
@@ -54,9 +60,15 @@ class _DecodeProgram:
     """The decoder for one size. Its buffers stay where they are, so that it can be recorded."""
 
     def __init__(
-        self, vae: AutoencoderKL, network: VaeDecoder, latents: torch.Tensor, recorder: Recorder
+        self,
+        vae: AutoencoderKL,
+        network: VaeDecoder,
+        latents: torch.Tensor,
+        recorder: Recorder,
+        tiled: bool,
     ) -> None:
         self.vae = vae
+        self.tiled = tiled
         self._network = network
         self.latents = torch.empty_like(latents)
         height, width = latents.shape[-2:]
@@ -65,7 +77,8 @@ class _DecodeProgram:
         self.run = ReplayedWork(self._decode, recorder)
 
     def _decode(self) -> None:
-        frame = self._network(_unscale(self.vae, self.latents).to(self.vae.dtype))
+        latents = _unscale(self.vae, self.latents).to(self.vae.dtype)
+        frame = _decode(self._network, latents, self.tiled)
         pixels, usable = _to_pixels(frame)
         self.pixels.copy_(pixels)
         self.usable.copy_(usable)
@@ -77,6 +90,7 @@ class Frame:
     def __init__(self, program: _DecodeProgram, latents: torch.Tensor) -> None:
         """Begins the work; nothing waits for it yet."""
         self._vae = program.vae
+        self._tiled = program.tiled
         self._latents = latents
         on_cuda = latents.is_cuda
         self._started_s = time.monotonic()
@@ -118,13 +132,15 @@ class Frame:
         """
         if self._end is not None:
             self._end.synchronize()
+        notes = ["vae_tiled"] if self._tiled else []
         if self._usable.item():
-            return self._pixels.numpy(), []
+            return self._pixels.numpy(), notes
         if self._vae.dtype != torch.float32:
             log.warning("vae_decode_repeated", reason="frame black or not a number")
-            pixels, usable = _to_pixels(_decode_in_full(self._vae, self._latents))
+            frame = _decode_in_full(self._vae, self._latents, self._tiled)
+            pixels, usable = _to_pixels(frame)
             if usable.item():
-                return pixels.cpu().numpy(), ["vae_fp32"]
+                return pixels.cpu().numpy(), [*notes, "vae_fp32"]
         raise NanOutputError(
             "The image came out black or not a number; try other settings, such as a lower cfg."
         )
@@ -149,13 +165,22 @@ def _unscale(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _decode_in_full(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def _decode_in_full(vae: AutoencoderKL, latents: torch.Tensor, tiled: bool) -> torch.Tensor:
     """(1, 3, H, W), about -1..1, by diffusers' own modules in fp32. The live weights stay."""
-    sample = _unscale(vae, latents)
-    if vae.post_quant_conv is not None:
-        sample = _call_in_full(vae.post_quant_conv, sample)
-    frame: torch.Tensor = _call_in_full(vae.decoder, sample)
-    return frame
+
+    def decode(sample: torch.Tensor) -> torch.Tensor:
+        if vae.post_quant_conv is not None:
+            sample = _call_in_full(vae.post_quant_conv, sample)
+        frame: torch.Tensor = _call_in_full(vae.decoder, sample)
+        return frame
+
+    return _decode(decode, _unscale(vae, latents), tiled)
+
+
+def _decode(
+    decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, tiled: bool
+) -> torch.Tensor:
+    return decode_in_tiles(decode, latents) if tiled else decode(latents)
 
 
 def _call_in_full(module: torch.nn.Module, sample: torch.Tensor) -> Any:

@@ -26,18 +26,18 @@ class WarmUps:
 
     def __init__(self, runner: SdxlRunner) -> None:
         self._runner = runner
-        self._queue: deque[tuple[str, Iterator[str]]] = deque()
+        self._queue: deque[tuple[GenerationRequest, Iterator[str]]] = deque()
 
     def plan(self, model: str, controlnet: str | None) -> None:
         """Warm the model up later, with the ControlNet where there is one."""
         request = standard_request(model, controlnet)
-        self._queue.append((model, _pieces(self._runner, request)))
+        self._queue.append((request, _pieces(self._runner, request)))
 
     def do_one_piece(self) -> bool:
         """Tens of milliseconds of work, or seconds where a kernel is compiled. False: none left."""
         while self._queue:
-            model, pieces = self._queue[0]
-            if model in self._runner.loaded_models and next(pieces, None) is not None:
+            request, pieces = self._queue[0]
+            if self._runner.missing(request) is None and next(pieces, None) is not None:
                 return True
             self._queue.popleft()
         return False

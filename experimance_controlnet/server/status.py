@@ -39,6 +39,7 @@ def health_of(services: Services) -> HealthResponse:
         last_error=engine.last_error or problem,
         device=services.engine.device_name,
         precision=services.engine.precision,
+        memory_tier=services.engine.memory_tier,
         version=__version__,
     )
 

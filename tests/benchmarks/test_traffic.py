@@ -26,7 +26,7 @@ COUNT = 24
 @contextmanager
 def running(runner: FakeRunner, policy: str) -> Iterator[Engine]:
     for model in MODELS:  # so that requests are admitted in the order in which they come
-        runner.install(Asset("model", model, model), model)
+        runner.install(Asset("model", model), model)
     engine = Engine(
         runner,
         queue_capacity=COUNT,

@@ -48,7 +48,7 @@ def runner(catalog: Catalog, store: ModelStore) -> SdxlRunner:
 
 
 def loaded(runner: SdxlRunner, model: str) -> SdxlRunner:
-    asset = Asset("model", model, model)
+    asset = Asset("model", model)
     runner.install(asset, runner.load(asset))
     return runner
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
 
 from experimance_controlnet.engine.engine import Engine
 from experimance_controlnet.engine.fake import FakeRunner
-from experimance_controlnet.engine.request import GenerationRequest, Progress
+from experimance_controlnet.engine.request import (
+    Asset,
+    GenerationRequest,
+    Progress,
+    RequestState,
+)
+from experimance_controlnet.engine.runner import Stage
 from experimance_controlnet.engine.tickets import Ticket
 from experimance_controlnet.errors import (
     BadWeightsError,
@@ -96,9 +102,9 @@ def outcomes(tickets: list[Ticket]) -> list[type[BaseException] | None]:
     return [None if error is None else type(error) for error in errors]
 
 
-def fail_on(operation: str, name: str, error: Exception, once: bool = False) -> Any:
-    """A fault that strikes whenever that operation meets the named request."""
-    left = [1 if once else 10**9]
+def fail_on(operation: str, name: str, error: Exception, times: int = 10**9) -> Any:
+    """A fault that strikes so often when that operation meets the named request."""
+    left = [times]
 
     def fault(at: str, requests: list[GenerationRequest]) -> None:
         if at == operation and any(one.request_id == name for one in requests) and left[0]:
@@ -187,13 +193,92 @@ def test_out_of_memory_splits_the_batch(start: StartEngine) -> None:
     runner = FakeRunner(load_s=0.2, fault=fault)
     tickets = start(runner).submit([request("a", cfg=1.0), request("b", cfg=1.0)])
     assert outcomes(tickets) == [None, None]
-    assert ["a", "b"] in runner.batches
+    assert [ticket.future.result().notes for ticket in tickets] == [("batch_split",)] * 2
+    # the width is remembered: it fails once, and never again
+    assert runner.batches.count(["a", "b"]) == 1
 
 
 def test_out_of_memory_of_one_alone(start: StartEngine) -> None:
     engine = start(FakeRunner(fault=fail_on("predict", "big", MemoryError())))
     assert outcomes(engine.submit([request("big")])) == [DeviceMemoryError]
     assert outcomes(engine.submit([request("small")])) == [None]
+
+
+@pytest.mark.parametrize("operation", ["prepare", "predict", "decode", "result"])
+def test_out_of_memory_is_tried_again_with_less(start: StartEngine, operation: str) -> None:
+    fault = fail_on(operation, "big", MemoryError(), times=2)
+    engine = start(FakeRunner(fault=fault, remedies=("memory_released", "offloaded", "more")))
+    [big, small] = engine.submit([request("big"), request("small", width=128)])
+    assert big.future.result(WAIT_S).notes == ("memory_released", "offloaded")
+    assert small.future.result(WAIT_S).notes == ()
+
+
+@pytest.mark.parametrize("operation", ["prepare", "predict", "decode", "result"])
+def test_out_of_memory_whatever_is_done(start: StartEngine, operation: str) -> None:
+    fault = fail_on(operation, "big", MemoryError())
+    engine = start(FakeRunner(fault=fault, remedies=("memory_released", "offloaded")))
+    assert outcomes(engine.submit([request("big")])) == [DeviceMemoryError]
+    assert outcomes(engine.submit([request("small")])) == [None]
+    assert engine.health().queue_depth == 0
+
+
+def test_a_step_of_the_scheduler_is_never_repeated(start: StartEngine) -> None:
+    fault = fail_on("advance", "big", MemoryError(), times=1)
+    engine = start(FakeRunner(fault=fault, remedies=("memory_released",)))
+    assert outcomes(engine.submit([request("big")])) == [DeviceMemoryError]
+
+
+def test_a_remedy_that_fails_ends_the_request(start: StartEngine) -> None:
+    class Helpless(FakeRunner):
+        def relieve(self, state: RequestState, stage: Stage, in_use: Collection[Asset]) -> str:
+            raise MemoryError("nothing left to pin")
+
+    engine = start(Helpless(fault=fail_on("predict", "big", MemoryError())))
+    assert outcomes(engine.submit([request("big")])) == [DeviceMemoryError]
+    assert outcomes(engine.submit([request("small")])) == [None]
+
+
+def test_a_load_without_room_waits_for_what_runs(start: StartEngine) -> None:
+    events: list[str] = []
+
+    def room(asset: Asset, in_use: Collection[Asset]) -> bool:
+        return asset.name == "lightning" or Asset("model", "lightning") not in in_use
+
+    def note(operation: str, requests: list[GenerationRequest]) -> None:
+        if operation in ("load", "decode"):
+            events.append(operation)
+
+    runner = FakeRunner(step_s=0.05, fault=note, room=room)
+    engine = start(runner)
+    engine.load("lightning").result(WAIT_S)
+    first = engine.submit([request("first")])
+    while not runner.batches:
+        time.sleep(0.005)
+    other = engine.submit([request("other", model="base")])
+    late = engine.submit([request("late")])  # it must not keep the load waiting
+    assert outcomes([*first, *other, *late]) == [None] * 3
+    assert events == ["load", "decode", "load", "decode", "decode"]
+    assert runner.batches.index(["late"]) > runner.batches.index(["first"])
+    assert not any({"first", "late"} <= set(batch) for batch in runner.batches)
+
+
+def test_what_never_fits_is_tried_when_nothing_runs(start: StartEngine) -> None:
+    engine = start(FakeRunner(step_s=0.02, room=lambda asset, in_use: False))
+    tickets = engine.submit([request("a"), request("b", model="base"), request("c")])
+    assert outcomes(tickets) == [None] * 3
+
+
+def test_a_request_that_waits_for_room_expires(start: StartEngine) -> None:
+    runner = FakeRunner(step_s=0.1, room=lambda asset, in_use: False)
+    engine = start(runner)
+    first = engine.submit([request("first", steps=8)])
+    while not runner.batches:
+        time.sleep(0.005)
+    soon_s = time.monotonic() + 0.2
+    late = engine.submit([request("late", model="base", deadline_s=soon_s)])
+    held = engine.submit([request("held", deadline_s=soon_s)])
+    assert outcomes([*late, *held]) == [DeadlineExceededError] * 2
+    assert outcomes(first) == [None]
 
 
 def test_a_lost_device_ends_the_engine(start: StartEngine) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from experimance_controlnet.engine.kernels.host_merge import RestoringPlan, StagedPlan
+from experimance_controlnet.engine.kernels.merge import MergePlan, Target, Update, make_plan
 from experimance_controlnet.engine.lora import LoraFactors, LowRankDelta
 from experimance_controlnet.engine.merger import AdapterMerger
 
@@ -85,25 +90,54 @@ def test_more_sets_than_plans_are_kept(layers: Layers) -> None:
         torch.testing.assert_close(weights(layers), merged(pristine, [(adapter, 0.5)]))
 
 
-def test_copies_are_given_back(layers: Layers) -> None:
+def test_a_forgotten_adapter_is_held_by_nobody(layers: Layers) -> None:
     pristine, merger = weights(layers), AdapterMerger("unet", layers)
-    assert merger.pristine_bytes == 0
-    adapter = factors(layers, "a", *PATHS)
-    merger.apply([(adapter, 1.0)])
-    assert merger.pristine_bytes == sum(weight.nbytes for weight in pristine.values())
-    merger.release_pristine()
-    assert merger.pristine_bytes == 0
+    leaving, staying = factors(layers, "a", *PATHS), factors(layers, "b", "q")
+    for adapters in ([(staying, 1.0)], [(leaving, 1.0), (staying, 1.0)], [(leaving, 1.0)]):
+        merger.apply(adapters)
+    held = weakref.ref(leaving.deltas["unet"]["q"].up)
+    del adapters
+    merger.forget(leaving)
+    del leaving
+    assert held() is None
+    assert not equal(weights(layers), pristine)  # it is merged still
+    merger.apply([(staying, 1.0)])
+    torch.testing.assert_close(weights(layers), merged(pristine, [(staying, 1.0)]))
+    merger.apply([])
     assert equal(weights(layers), pristine)
 
 
-def test_other_weights_after_a_release(layers: Layers) -> None:
-    merger, adapter = AdapterMerger("unet", layers), factors(layers, "a", *PATHS)
-    merger.apply([(adapter, 1.0)])
-    merger.release_pristine()
-    layers.q = torch.nn.Linear(8, 8, bias=False).requires_grad_(False)
-    pristine = weights(layers)
-    merger.apply([(adapter, 1.0)])
-    torch.testing.assert_close(weights(layers), merged(pristine, [(adapter, 1.0)]))
+def test_parked_copies_restore_to_the_bit(layers: Layers) -> None:
+    pristine, merger = weights(layers), AdapterMerger("unet", layers)
+    a, b = factors(layers, "a", "q", "conv"), factors(layers, "b", *PATHS)
+    merger.apply([(a, 1.0)])
+    merger.park()
+    assert merger.pristine_bytes == sum(pristine[path].nbytes for path in ("q", "conv"))
+    for adapters in ([(b, 0.5)], [(a, 1.0), (b, 0.5)]):
+        merger.apply(adapters)
+        torch.testing.assert_close(weights(layers), merged(pristine, adapters))
+    merger.apply([])
+    assert equal(weights(layers), pristine)
+
+
+@pytest.mark.parametrize("make", [RestoringPlan, StagedPlan])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_plans_for_host_memory_write_the_same_bits(
+    make: type[RestoringPlan | StagedPlan], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    pristine = [torch.randn(16, 24).to(dtype) for _ in range(3)]
+    updates = [Update(torch.randn(16, 4), torch.randn(4, 24), 0.5, slot) for slot in (0, 1)]
+    sets: tuple[list[Update], ...] = (updates, updates[1:], [])
+
+    def run(plan: Callable[[list[Target]], MergePlan]) -> list[torch.Tensor]:
+        found = [torch.full_like(matrix, 7) for matrix in pristine]
+        triples = zip(found, pristine, sets, strict=True)
+        plan([Target(*triple) for triple in triples]).run([0.3, -1.0])
+        return found
+
+    for one, other in zip(run(make), run(make_plan), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -1,46 +1,87 @@
-"""Which models stay in memory."""
+"""What stays in memory, against a memory that is counted by hand."""
 
 from __future__ import annotations
 
-from experimance_controlnet.engine.residency import ResidentModels
+from experimance_controlnet.engine.request import Asset
+from experimance_controlnet.engine.residency import Residency
 
 
 class Memory:
-    """10 units, one for each model in it."""
+    """10 bytes; each asset takes what it was added with, and gives it back when it is released."""
 
     def __init__(self) -> None:
-        self.models: ResidentModels[str] = ResidentModels(self.free, self.release)
+        self.taken: dict[Asset, int] = {}
         self.releases = 0
+        self.forgotten: list[Asset] = []
+        self.assets = Residency(self.free, self.release, self.forget)
 
     def free(self) -> int:
-        return 10 - len(self.models.names)
+        return 10 - sum(self.taken.values())
 
     def release(self) -> None:
         self.releases += 1
+        self.taken = {asset: size for asset, size in self.taken.items() if asset in self.assets}
+
+    def forget(self, asset: Asset, thing: str) -> None:
+        assert thing == asset.name.upper()
+        self.forgotten.append(asset)
+
+    def fill(self, *assets: Asset) -> None:
+        for asset in assets:
+            self.taken[asset] = 3
+            self.assets.add(asset, asset.name.upper())
 
 
-def filled(*names: str) -> Memory:
+A, B, C = Asset("model", "a"), Asset("model", "b"), Asset("controlnet", "c")
+LORA_OF_A = Asset("lora", "l", "a")
+
+
+def test_what_fits_stays() -> None:
     memory = Memory()
-    for name in names:
-        memory.models.add(name, name.upper())
-    return memory
+    memory.fill(A, B)
+    assert memory.assets.make_room(4, in_use=())
+    assert memory.assets.names("model") == ("a", "b")
+    assert memory.releases == 0
 
 
-def test_nothing_leaves_while_there_is_room() -> None:
-    memory = filled("a", "b")
-    memory.models.make_room(8, in_use=())
-    assert memory.models.names == ("a", "b")
+def test_the_least_recently_used_leaves() -> None:
+    memory = Memory()
+    memory.fill(A, B, C)
+    assert memory.assets.use(A) == "A"
+    assert memory.assets.peek(B) == "B"
+    assert memory.assets.make_room(4, in_use=())
+    assert memory.assets.names("model") == ("a",)
+    assert C in memory.assets
+    assert memory.forgotten == [B]
 
 
-def test_the_least_recently_used_leaves_first() -> None:
-    memory = filled("a", "b", "c")
-    assert memory.models.use("a") == "A"
-    memory.models.make_room(8, in_use=())
-    assert memory.models.names == ("c", "a")
-    assert memory.releases == 2  # before the first is dropped, and after it
+def test_what_is_in_use_stays() -> None:
+    memory = Memory()
+    memory.fill(A, B, C)
+    assert not memory.assets.make_room(10, in_use={A, C})
+    assert A in memory.assets and C in memory.assets and B not in memory.assets
 
 
-def test_one_in_use_never_leaves() -> None:
-    memory = filled("a", "b", "c")
-    memory.models.make_room(10, in_use={"a", "c"})
-    assert memory.models.names == ("a", "c")
+def test_a_model_takes_its_adapters_along() -> None:
+    memory = Memory()
+    memory.fill(A, LORA_OF_A, C)
+    memory.assets.drop(A)
+    assert LORA_OF_A not in memory.assets and C in memory.assets
+    assert memory.assets.names("lora") == ()
+    assert memory.free() == 7
+
+
+def test_an_adapter_leaves_alone() -> None:
+    memory = Memory()
+    memory.fill(LORA_OF_A, A)
+    assert memory.assets.make_room(7, in_use={A})
+    assert A in memory.assets and LORA_OF_A not in memory.assets
+    assert memory.forgotten == [LORA_OF_A]
+
+
+def test_everything_idle_leaves() -> None:
+    memory = Memory()
+    memory.fill(A, LORA_OF_A, B)
+    memory.assets.drop_idle(in_use={B})
+    assert memory.assets.names("model") == ("b",)
+    assert LORA_OF_A not in memory.assets

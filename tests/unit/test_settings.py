@@ -29,6 +29,8 @@ VALUES: list[tuple[str, str, Any]] = [
     ("model_catalog", "embedded", "embedded"),
     ("model_device", "CPU", "cpu"),
     ("precision", "FP8", "fp8"),
+    ("memory_tier", "Parked", "parked"),
+    ("memory_limit_gb", "11.5", 11.5),
     ("queue_capacity", "3", 3),
     ("max_batch_rows", "2", 2),
     ("request_timeout_s", "1.5", 1.5),
@@ -49,6 +51,8 @@ def test_defaults() -> None:
         "model_catalog": "experimance",
         "model_device": "auto",
         "precision": "auto",
+        "memory_tier": "auto",
+        "memory_limit_gb": 0.0,
         "queue_capacity": 64,
         "max_batch_rows": 8,
         "request_timeout_s": 120.0,
@@ -58,6 +62,11 @@ def test_defaults() -> None:
     }
     assert Settings.model_fields["models_dir"].default == Path("/workspace/models")
     assert Settings.model_fields["model_log"].default == Path("/workspace/logs/model_server.log")
+
+
+def test_no_memory_limit_is_none() -> None:
+    assert load_settings([]).memory_limit_bytes is None
+    assert load_settings(["--memory-limit-gb", "8"]).memory_limit_bytes == 8_000_000_000
 
 
 def test_the_table_covers_every_setting() -> None:

@@ -1,0 +1,95 @@
+"""Less memory, the same pictures: on a CPU, where parking is a copy."""
+
+from __future__ import annotations
+
+import pytest
+
+from experimance_controlnet.catalog.specs import Catalog
+from experimance_controlnet.catalog.store import ModelStore
+from experimance_controlnet.engine.request import Asset
+from experimance_controlnet.engine.sdxl import SdxlRunner
+from experimance_controlnet.engine.tiers import MINIMAL, PARKED, MemoryTier
+from tests.engine.conftest import (
+    DEPTH,
+    DRONE,
+    SIZE_PX,
+    TWO_ADAPTERS,
+    admitted,
+    draw_one,
+    loaded,
+    make_request,
+    step,
+)
+from tests.engine.oracle import all_equal, mean_difference
+
+BIG_PX = 1024
+"""Larger than a tile."""
+
+
+@pytest.fixture(params=[PARKED, MINIMAL], ids=lambda tier: tier.name)
+def frugal(request: pytest.FixtureRequest, catalog: Catalog, store: ModelStore) -> SdxlRunner:
+    tier: MemoryTier = request.param
+    runner = loaded(SdxlRunner(catalog, store, "cpu", tier=tier), "lightning")
+    assert runner.memory_tier == tier.name
+    return runner
+
+
+def test_pictures_are_the_same(frugal: SdxlRunner, runner: SdxlRunner) -> None:
+    for adapters in (TWO_ADAPTERS, (), DRONE):
+        changes = {"adapters": adapters, "control": DEPTH}
+        assert all_equal([draw_one(frugal, **changes), draw_one(runner, **changes)])
+
+
+def test_parked_in_the_middle_of_its_life(runner: SdxlRunner) -> None:
+    sets = (TWO_ADAPTERS, (), DRONE)
+    before = [draw_one(runner, adapters=adapters) for adapters in sets]
+    state = admitted(runner, make_request())
+    notes = [runner.relieve(state, "prepare", in_use=())]
+    state.notes.append("memory_released")
+    runner.install(Asset("model", "lightning"), runner.load(Asset("model", "lightning")))
+    draw_one(runner, adapters=TWO_ADAPTERS)
+    notes += [runner.relieve(state, "prepare", in_use=()) for _ in range(2)]
+    assert notes == ["memory_released", "offloaded", None]
+    after = [draw_one(runner, adapters=adapters) for adapters in sets]
+    for one, other in zip(before, after, strict=True):
+        assert all_equal([one, other])
+
+
+def test_what_a_request_can_do_without(runner: SdxlRunner) -> None:
+    request = make_request(adapters=TWO_ADAPTERS, control=DEPTH)
+    state = admitted(runner, request)
+    runner.install(Asset("model", "base"), runner.load(Asset("model", "base")))
+    runner.prepare(state)
+    while not state.finished:
+        step(runner, [state])
+    given_up = []
+    while (note := runner.relieve(state, "decode", in_use=request.assets)) is not None:
+        given_up.append(note)
+        state.notes.append(note)
+        runner.decode(state).result()
+    assert given_up == ["memory_released", "vae_tiled", "offloaded"]
+    assert runner.loaded_models == ("lightning",)
+    assert all(runner.has(asset) for asset in request.assets)
+
+
+def test_a_large_picture_in_tiles(runner: SdxlRunner) -> None:
+    state = admitted(runner, make_request(width=BIG_PX, height=SIZE_PX, steps=1))
+    runner.prepare(state)
+    step(runner, [state])
+    whole, notes = runner.decode(state).result()
+    assert notes == []
+    state.tiled = True
+    tiled, notes = runner.decode(state).result()
+    assert notes == ["vae_tiled"]
+    assert 0 < mean_difference(whole, tiled) < 12  # random weights exaggerate the statistics
+
+
+def test_preparing_again_is_preparing_once(runner: SdxlRunner) -> None:
+    once, twice = (admitted(runner, make_request(scheduler="euler_a")) for _ in range(2))
+    runner.prepare(once)
+    runner.prepare(twice)
+    runner.prepare(twice)
+    for state in (once, twice):
+        while not state.finished:
+            step(runner, [state])
+    assert all_equal([runner.decode(state).result()[0] for state in (once, twice)])
