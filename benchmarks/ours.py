@@ -91,7 +91,7 @@ class Ours:
         """Our guided noise at each step while the latents follow the predictions in ``path``; all
         (1, 4, H/8, W/8) fp32, ours on the CPU.
         """
-        state = self._begun(request)
+        state = self.begin(request)
         predictions = []
         for given in path:
             [prediction] = self.runner.predict([state])
@@ -113,7 +113,7 @@ class Ours:
     def measure_switch(self, repeats: Repeats) -> Result:
         """What a step costs more where the step before was another era's."""
         states = [
-            self._begun(standard_request(self.family, 0, era)) for era in (FIRST_ERA, SECOND_ERA)
+            self.begin(standard_request(self.family, 0, era)) for era in (FIRST_ERA, SECOND_ERA)
         ]
 
         def step(number: int) -> None:
@@ -130,14 +130,15 @@ class Ours:
             "step_after_switch_ms": switching_ms,
         }
 
-    def _begun(self, request: GenerationRequest) -> RequestState:
+    def begin(self, request: GenerationRequest) -> RequestState:
+        """Admitted and prepared, before its first step."""
         load_assets(self.runner, request)
         state = self.runner.admit(request, time.monotonic())
         self.runner.prepare(state)
         return state
 
     def _finished(self, request: GenerationRequest) -> RequestState:
-        state = self._begun(request)
+        state = self.begin(request)
         while not state.finished:
             [prediction] = self.runner.predict([state])
             self.runner.advance(state, prediction)

@@ -96,6 +96,11 @@ class PromptEncoder:
         self._cache_chunks = cache_chunks
         self._cached_chunks = 0
 
+    def clear_programs(self) -> None:
+        """Give up what is recorded; it is recorded again when it is needed."""
+        for _, encoder in self._pairs:
+            encoder.clear_program()
+
     def park(self) -> None:
         """Keep the encoders in the host's memory, for good; what they said stays on the device."""
         for _, encoder in self._pairs:

@@ -22,7 +22,7 @@ def choose_device(wish: str) -> torch.device:
         wish = "cuda" if torch.cuda.is_available() else "cpu"
     if wish == "cuda" and not torch.cuda.is_available():
         raise SettingsError("MODEL_DEVICE (--model-device): there is no CUDA device here")
-    return torch.device(wish)
+    return torch.device(wish, torch.cuda.current_device()) if wish == "cuda" else torch.device(wish)
 
 
 class DeviceMemory:

@@ -6,11 +6,15 @@ waiting. Graphs hold addresses, so what they read and write are buffers that sta
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
+import structlog
 import torch
+
+log = structlog.get_logger()
 
 Work = Callable[[], None]
 """Reads and writes only buffers that stay where they are; leaves no other tensor behind."""
@@ -32,26 +36,59 @@ class Recorder:
         # One pool for all graphs: they run one after the other and keep nothing in it between.
         self._pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
 
+    def renew_pool(self) -> None:
+        """What is recorded from now on shares no memory with what was. To be called when all of
+        that is dropped: only then is its pool given back, and it cannot be used again.
+        """
+        if self._stream is not None:
+            self._pool = torch.cuda.graph_pool_handle()
+
     def record(self, work: Work) -> Work:
-        """The same work, faster: a graph on CUDA, itself elsewhere and where not enabled.
+        """The same work, faster: a graph on CUDA, itself elsewhere and where not enabled, or where
+        there is too little memory to record it.
 
         ``work`` must have run before: what is compiled or tuned at a first run cannot be recorded.
         """
         if self._stream is None:
             return work
+        try:
+            replay: Work = self._capture(work, self._stream).replay
+        except RuntimeError as error:
+            # Want of memory, or what CUDA makes of it in the middle of a capture. Anything else is
+            # not only of the recording, and comes again when the work itself runs.
+            log.warning("not_recorded", error=repr(error))
+            self.renew_pool()
+            return work
+        return replay
+
+    def _capture(self, work: Work, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(self._stream):
+        # What the first run needed stays cached otherwise, where the graph cannot have it.
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(stream):
             # thread_local: a model that another thread loads meanwhile may allocate
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
+            except BaseException:
+                self._abandon(graph)
+                raise
+            graph.capture_end()
+        return graph
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed; that it is empty or invalid would only hide why."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
                 graph.capture_end()
-        # What the first run needed for itself stays cached otherwise, for nobody.
-        torch.cuda.empty_cache()
-        replay: Work = graph.replay
-        return replay
+            except RuntimeError:
+                # CUDA has ended it, and torch still believes it to be under way: memory would go to
+                # its pool for ever. There is no other way to say so.
+                assert self._pool is not None, "there is one where there is a stream"
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                torch._C._cuda_releasePool(self._device.index, self._pool)
 
     def branch(self, work: Callable[[], ResultT]) -> Branch[ResultT]:
         """Begin work that goes on beside what follows; a branch of the graph where one is recorded.

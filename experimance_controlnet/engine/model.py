@@ -141,6 +141,7 @@ class SdxlModel:
         """Give up the programs; they are made again when they are needed."""
         self._programs.clear()
         self._decoder.clear()
+        self._prompts.clear_programs()
 
     def park(self) -> None:
         """Move what can wait to the host's memory, for good: text encoders, pristine copies."""

@@ -13,8 +13,9 @@ from torch import nn
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the host's memory, laid out alike; pinned where the tensor is on CUDA."""
-    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    """A copy in the host's memory, laid out alike; pinned where the tensor is on CUDA or pinned."""
+    pin = tensor.is_cuda or tensor.is_pinned()
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=pin)
     return copy.copy_(tensor)
 
 

@@ -60,8 +60,8 @@ class SdxlRunner:
         if isinstance(tier, str):
             tier = choose_tier(tier, self._memory.budget_bytes, precision)
         self._tier = tier
-        recorder = Recorder(self._device, enabled=tier.records)
-        self._reader = AssetReader(catalog, store, self._device, precision, tier, recorder)
+        self._recorder = Recorder(self._device, enabled=tier.records)
+        self._reader = AssetReader(catalog, store, self._device, precision, tier, self._recorder)
         self._assets = Residency(self._memory.free_bytes, self._memory.release, self._forget)
         self._pace = Pace(self._device)
         self._warm_ups = WarmUps(self)
@@ -219,6 +219,7 @@ class SdxlRunner:
     def _clear_programs(self) -> None:
         for model in self.loaded_models:
             self._peek(model).clear_programs()
+        self._recorder.renew_pool()
 
     def relieve(self, state: RequestState, stage: Stage, in_use: Collection[Asset]) -> str | None:
         model = self._peek(state.request.model)

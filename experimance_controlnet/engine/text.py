@@ -31,11 +31,19 @@ class RecordedTextEncoder:
         tokens = (1, module.config.max_position_embeddings)
         self._token_ids = torch.zeros(tokens, dtype=torch.long, device=self.device)
         self._output: TextOutput | None = None
-        self._evaluate: Work = ReplayedWork(self._evaluate_once, recorder)
+        self._recorder = recorder
+        self._parked = False
+        self.clear_program()
+
+    def clear_program(self) -> None:
+        """Give up what is recorded; it is recorded again when it is needed."""
+        evaluate: Work = self._evaluate_once  # of parked weights a graph would not know the place
+        self._evaluate = evaluate if self._parked else ReplayedWork(evaluate, self._recorder)
 
     def park(self) -> None:
         """Keep the weights in the host's memory; they travel at each call. For good."""
-        self._evaluate = self._evaluate_once  # a graph would read where the weights were
+        self._parked = True
+        self.clear_program()
         stream_weights(self.module, self.device)
 
     def __call__(

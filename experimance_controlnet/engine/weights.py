@@ -8,6 +8,7 @@ process-wide is swapped meanwhile: the meta device is the calling thread's alone
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,16 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
+    waiting: re.Pattern[str] | None = None
+    """Names of tensors in files that stay in the host's memory for now."""
+
+    def device_of(self, name: str) -> torch.device:
+        """Where the tensor of that name goes."""
+        waits = self.waiting is not None and self.waiting.search(name)
+        return torch.device("cpu") if waits else self.device
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor`` is on the device already. Integers keep their type.
+        """``tensor`` is on its device already. Integers keep their type.
 
         Convolutions (4 dimensions) become channels_last, as their kernels want them.
         """
@@ -89,10 +97,12 @@ def read_tensors(
     tensors: Tensors = {}
     for file in files:
         verify_safetensors(file)
-        with safe_open(file, framework="pt", device=str(placement.device)) as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                if name.startswith(tuple(prefixes)):
-                    tensors[name] = placement.place(opened.get_tensor(name))
+        for device in {placement.device, torch.device("cpu")}:
+            with safe_open(file, framework="pt", device=str(device)) as opened:
+                for name in opened.keys():  # noqa: SIM118 - no mapping
+                    here = placement.device_of(name) == device
+                    if here and name.startswith(tuple(prefixes)):
+                        tensors[name] = placement.place(opened.get_tensor(name))
     return tensors
 
 

@@ -17,7 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.catalog.store import ModelStore
-from experimance_controlnet.engine.checkpoint import SdxlModules, load_checkpoint, load_controlnet
+from experimance_controlnet.engine.checkpoint import (
+    JOINED,
+    SdxlModules,
+    load_checkpoint,
+    load_controlnet,
+)
+from experimance_controlnet.engine.network.unet import UnetNetwork
 from experimance_controlnet.errors import BadWeightsError
 from tools.embedded_model.single_file import save_single_file
 
@@ -303,3 +309,20 @@ def test_controlnet(catalog: Catalog, store: ModelStore, tmp_path: Path) -> None
     (broken / "config.json").write_text(json.dumps({"_class_name": "ControlNetModel"}))
     with pytest.raises(BadWeightsError):
         load_controlnet(broken, CPU, torch.float32)
+
+
+def test_exactly_what_is_joined_waits_for_it(base: Path, single_file: Path) -> None:
+    unet = load(base).unet
+    UnetNetwork(unet)
+    joined = {
+        name
+        for name, parameter in unet.named_parameters()
+        if parameter.untyped_storage().nbytes() > parameter.nbytes
+    }
+    assert joined == {name for name in unet.state_dict() if JOINED.search(name)}
+    original = [
+        key
+        for key in load_file(single_file)
+        if key.startswith("model.diffusion_model.") and JOINED.search(key)
+    ]
+    assert len(original) == len(joined)

@@ -10,11 +10,13 @@ import torch
 from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.engine.engine import Engine
+from experimance_controlnet.engine.graphs import Recorder, ReplayedWork
+from experimance_controlnet.engine.request import GenerationRequest, GenerationResult
 from experimance_controlnet.engine.sdxl import SdxlRunner
 from experimance_controlnet.engine.tiers import MINIMAL, PARKED, RESIDENT, MemoryTier
 from experimance_controlnet.errors import DeviceMemoryError
 from tests.engine.conftest import DEPTH, DRONE, TWO_ADAPTERS, draw_one, loaded, make_request
-from tests.engine.oracle import all_equal, max_difference
+from tests.engine.oracle import max_difference
 
 pytestmark = pytest.mark.gpu
 
@@ -46,19 +48,17 @@ def test_pictures_are_the_same(make: Callable[[MemoryTier], SdxlRunner], tier: M
         assert max_difference(*pictures) <= 1
 
 
-def test_weights_and_their_copies_are_on_the_host(
+def test_weights_and_their_copies_wait_in_pinned_memory(
     make: Callable[[MemoryTier], SdxlRunner],
 ) -> None:
-    used = []
-    for tier in (RESIDENT, PARKED):
-        before = torch.cuda.memory_allocated()
-        runner = make(tier)
-        draw_one(runner, adapters=TWO_ADAPTERS)
-        runner.release_memory()
-        used.append(torch.cuda.memory_allocated() - before)
-        del runner
-        torch.cuda.empty_cache()
-    assert used[1] < 0.7 * used[0]
+    runner = make(PARKED)
+    draw_one(runner, adapters=TWO_ADAPTERS)
+    model = runner._peek("lightning")
+    for encoder in (model.modules.text_encoder, model.modules.text_encoder_2):
+        assert all(parameter.is_pinned() for parameter in encoder.parameters())
+    for merger in model._mergers.values():
+        assert all(copy.is_pinned() for copy in merger._pristine.values())
+    assert model._mergers["unet"]._pristine
 
 
 def test_parking_in_the_middle_changes_nothing(
@@ -73,6 +73,39 @@ def test_parking_in_the_middle_changes_nothing(
         assert max_difference(picture, draw_one(runner, adapters=adapters)) <= 1
 
 
+@pytest.mark.parametrize("spoil", [torch.cuda.synchronize, lambda: 1 / 0])
+def test_a_recording_that_fails_leaves_nothing(spoil: Callable[[], object]) -> None:
+    """The work runs as it is, the next one is recorded, and all memory comes back."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder = Recorder(device)
+    source = torch.ones(64 * MB, device=device)
+    target = torch.zeros_like(source)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+
+    def good() -> None:
+        target.copy_(3 * source)
+
+    def bad() -> None:
+        target.copy_(2 * source)
+        if torch.cuda.is_current_stream_capturing():
+            spoil()
+
+    works = []
+    for work in (good, bad, good):
+        works.append(ReplayedWork(work, recorder))
+        for _ in range(3):
+            try:
+                works[-1]()
+            except ZeroDivisionError:
+                assert work is bad
+    assert target[0].item() == 3
+    works.clear()
+    recorder.renew_pool()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 4 * MB
+
+
 def test_out_of_memory_for_real(
     make: Callable[[MemoryTier], SdxlRunner], limit: Callable[[int], None]
 ) -> None:
@@ -81,34 +114,36 @@ def test_out_of_memory_for_real(
     """
     runner = make(RESIDENT)
     small = make_request(request_id="small")
+    big = make_request(request_id="big", width=BIG_PX, height=BIG_PX, steps=1)
     engine = Engine(runner, queue_capacity=4, max_rows=8)
     engine.start()
     try:
-        [ticket] = engine.submit([small])
-        expected = ticket.future.result(WAIT_S)
+        expected, small_peak = _drawn(engine, small)
         runner.release_memory()
-        baseline = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        big = make_request(request_id="big", width=BIG_PX, height=BIG_PX, steps=1)
-        [ticket] = engine.submit([big])
-        assert ticket.future.result(WAIT_S).notes == ()
-        peak = torch.cuda.max_memory_reserved()
-        ways = set()
-        for share in (0.9, 0.75, 0.6, 0.45, 0.3, 0.15):
-            limit(round(baseline + share * (peak - baseline)))
-            [ticket] = engine.submit([big])
-            error = ticket.future.exception(WAIT_S)
-            if error is None:
-                ways.add(ticket.future.result().notes)
-            else:
-                assert isinstance(error, DeviceMemoryError)
+        unlimited, big_peak = _drawn(engine, big)
+        assert unlimited.notes == ()
+        ways: set[tuple[str, ...]] = set()
+        left = []
+        for share in (0.9, 0.7, 0.5, 0.3, 0.1, 0.0) * 2:
+            limit(round(1.2 * small_peak + share * (big_peak - small_peak)))
+            try:
+                ways.add(_drawn(engine, big)[0].notes)
+            except DeviceMemoryError:
                 ways.add(("refused",))
-            del error, ticket
-            [after] = engine.submit([small])
-            assert all_equal([after.future.result(WAIT_S).pixels, expected.pixels])
-        assert any("vae_tiled" in notes for notes in ways), ways
-        assert ("refused",) in ways, ways
+            # libraries choose other algorithms where there is little memory for them
+            assert max_difference(_drawn(engine, small)[0].pixels, expected.pixels) <= 1
+            runner.release_memory()
+            left.append(torch.cuda.memory_allocated())
     finally:
         engine.stop(timeout_s=WAIT_S)
-    runner.release_memory()
-    assert torch.cuda.memory_allocated() <= baseline + 1 * MB
+    assert any("vae_tiled" in notes for notes in ways), ways
+    assert ("refused",) in ways, ways
+    # the first round leaves workspaces of libraries, the second nothing
+    assert max(left[6:]) <= max(left[:6]) + 1 * MB, left
+
+
+def _drawn(engine: Engine, request: GenerationRequest) -> tuple[GenerationResult, int]:
+    """The picture, and the most memory that was reserved meanwhile."""
+    torch.cuda.reset_peak_memory_stats()
+    [ticket] = engine.submit([request])
+    return ticket.future.result(WAIT_S), torch.cuda.max_memory_reserved()

@@ -10,18 +10,20 @@ from torch import nn
 from experimance_controlnet.errors import BadWeightsError
 
 
-def fuse_rows(layers: Sequence[nn.Linear]) -> torch.Tensor:
-    """The layers' weights on top of each other, (sum of out_features, in_features).
+def fuse_rows(layers: Sequence[nn.Linear], device: torch.device) -> torch.Tensor:
+    """The layers' weights on top of each other on the device, (sum of out_features, in_features).
 
     The layers' own parameters become views of it: who changes them in place changes it too, and
-    the weights exist once. The storage never moves thereafter.
+    the weights exist once. The storage never moves thereafter. Weights that are still in the host's
+    memory (see ``checkpoint.py``) leave no gaps in the device's.
     """
-    fused = torch.cat([layer.weight.detach() for layer in layers])
+    rows, columns = sum(layer.out_features for layer in layers), layers[0].in_features
+    fused = torch.empty((rows, columns), dtype=layers[0].weight.dtype, device=device)
     first = 0
     for layer in layers:
-        end = first + layer.out_features
-        layer.weight.data = fused[first:end]
-        first = end
+        own = fused[first : first + layer.out_features]
+        layer.weight.data = own.copy_(layer.weight.detach())
+        first += layer.out_features
     return fused
 
 

@@ -41,9 +41,9 @@ class PromptProjection:
     Computed apart from the network, since a prompt does not change from step to step.
     """
 
-    def __init__(self, layers: Sequence[Attention]) -> None:
+    def __init__(self, layers: Sequence[Attention], device: torch.device) -> None:
         pairs = [layer for attention in layers for layer in (attention.to_k, attention.to_v)]
-        self._weight = fuse_rows(pairs) if pairs else None
+        self._weight = fuse_rows(pairs, device) if pairs else None
 
     def __call__(self, prompt_embeds: torch.Tensor) -> Prompt | None:
         """``prompt_embeds`` (R, T, D); None where the network has no cross-attention."""
@@ -108,7 +108,8 @@ class _SelfAttention:
     def __init__(self, attention: Any, products: Products) -> None:
         _check_attention(attention)
         self._attention = attention
-        weight = fuse_rows([attention.to_q, attention.to_k, attention.to_v])
+        layers = (attention.to_q, attention.to_k, attention.to_v)
+        weight = fuse_rows(layers, attention.to_out[0].weight.device)
         self._project = products.normed(weight)
 
     def __call__(

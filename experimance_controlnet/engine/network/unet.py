@@ -78,14 +78,14 @@ class _Conditioned:
         self.dtype: torch.dtype = module.dtype
         self.device: torch.device = module.device
         projections = [resnet.time_emb_proj for resnet in resnets]
-        self._time_weight = fuse_rows(projections)
+        self._time_weight = fuse_rows(projections, self.device)
         # adapters never change biases, so a sum of two may be kept
         self._time_bias = torch.cat(
             [resnet.time_emb_proj.bias + resnet.conv1.bias for resnet in resnets]
         ).detach()
         self._widths = [projection.out_features for projection in projections]
         cross = [block.attn2 for attention in attentions for block in attention.transformer_blocks]
-        self._prompt_projection = PromptProjection(cross)
+        self._prompt_projection = PromptProjection(cross, self.device)
         self._columns = _columns(cross)
 
     @property
