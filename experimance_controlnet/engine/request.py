@@ -212,5 +212,5 @@ class RequestState:
             encode_s=timer.encoded_s - timer.started_s,
             denoise_s=timer.denoised_s - timer.encoded_s,
             decode_s=timer.decoded_s - timer.denoised_s,
-            notes=tuple(self.notes),
+            notes=tuple(dict.fromkeys(self.notes)),  # each once
         )
