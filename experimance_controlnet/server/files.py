@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+from experimance_controlnet.catalog.hashes import HashNotes
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.errors import NotFoundUpstreamError
 
@@ -24,6 +25,7 @@ ABSENT_FOR_S = 600.0
 class Store(Protocol):
     """What is needed of ``catalog.store.ModelStore``; its docstrings say what each raises."""
 
+    def is_remote(self, source: Source) -> bool: ...
     def path(self, source: Source) -> Any: ...
     def fetch(self, source: Source) -> Any: ...
     def content_hash(self, source: Source) -> str | None: ...
@@ -32,8 +34,12 @@ class Store(Protocol):
 class ModelFiles:
     """The files of the catalogue. All methods are called on the event loop."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, store: Store, notes: HashNotes, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``notes`` keep the hashes of files beside which the store may not write."""
         self._store = store
+        self._notes = notes
         self._clock = clock
         self._transfers: dict[Source, asyncio.Task[None]] = {}
         self._absent_until_s: dict[Source, float] = {}
@@ -62,14 +68,27 @@ class ModelFiles:
         now = self._clock()
         return {source for source, until in self._absent_until_s.items() if now < until}
 
-    async def content_hash(self, source: Source) -> str | None:
-        """sha256 of the weights, computed once; None where they are not on this disk."""
+    def begin_hash(self, source: Source) -> asyncio.Task[str | None]:
+        """Begin to compute what :meth:`content_hash` returns: gigabytes take seconds.
+
+        Nobody has to wait for the task. If it fails, the next who asks begins anew.
+        """
         task = self._hashes.get(source)
         if task is None:
-            work = in_daemon_thread(lambda: self._store.content_hash(source))
+            work = in_daemon_thread(lambda: self._hash(source))
             task = self._hashes[source] = asyncio.ensure_future(work)
             task.add_done_callback(lambda done: self._keep_hash(source, done))
-        return await asyncio.shield(task)
+        return task
+
+    async def content_hash(self, source: Source) -> str | None:
+        """sha256 of the weights, computed once; None where they are not on this disk."""
+        return await asyncio.shield(self.begin_hash(source))
+
+    def _hash(self, source: Source) -> str | None:
+        path = self._store.path(source)
+        if path is None or self._store.is_remote(source):
+            return self._store.content_hash(source)
+        return self._notes.of(path, lambda: self._store.content_hash(source))
 
     def _missing(self, sources: Iterable[Source]) -> list[Source]:
         return [source for source in dict.fromkeys(sources) if self._store.path(source) is None]

@@ -103,9 +103,9 @@ class Services:
         if DEFAULT_CONTROLNET in self.catalog.controlnets:
             sources.append(self.catalog.controlnets[DEFAULT_CONTROLNET].source)
         await self.fetch(sources)
-        # side by side: the hash of a file that was not downloaded takes seconds
-        load = asyncio.wrap_future(self.engine.load(model))
-        await asyncio.gather(load, self.files.content_hash(spec.source))
+        # beside the load, which does not wait for it: pictures need it, being ready does not
+        self.files.begin_hash(spec.source)
+        await asyncio.wrap_future(self.engine.load(model))
 
     async def preload_all(self, models: Iterable[str]) -> None:
         """Bring the models in one after the other; what fails is kept in :attr:`preload`."""

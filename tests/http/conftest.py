@@ -72,6 +72,15 @@ class FakeStore:
     faults: dict[Source, Exception] = field(default_factory=dict)
     fetch_s: float = 0.0
     fetched: list[Source] = field(default_factory=list)
+    hashed: list[Source] = field(default_factory=list)
+    may_hash: threading.Event = field(default_factory=threading.Event)
+    """Hashing ends when it is set, as it is at first."""
+
+    def __post_init__(self) -> None:
+        self.may_hash.set()
+
+    def is_remote(self, source: Source) -> bool:
+        return True
 
     def path(self, source: Source) -> str | None:
         return None if source in self.missing else source.uri
@@ -85,6 +94,8 @@ class FakeStore:
         return source.uri
 
     def content_hash(self, source: Source) -> str | None:
+        self.hashed.append(source)
+        assert self.may_hash.wait(WAIT_S)
         return f"hash of {source.uri}"
 
     def lacks(self, name: str, error: Exception | None = None) -> None:
