@@ -75,6 +75,25 @@ def test_the_server_imports_no_torch() -> None:
     assert done.stdout == "set()\n"
 
 
+def test_garbage_is_collected_again_after_the_imports(tmp_path: Path) -> None:
+    code = (
+        "import gc, sys, pathlib; gc.disable(); from experimance_controlnet import model_server; "
+        "catalog = model_server.load_catalog('embedded'); "
+        "settings = model_server.Settings(model_device='cpu'); "
+        "store = model_server.ModelStore(pathlib.Path(sys.argv[1])); "
+        "model_server._make_runner(settings, catalog, store); "
+        "print(gc.isenabled(), gc.get_freeze_count() > 50_000, gc.get_count()[0] < 50_000)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=FOLDER.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "True True True\n"
+
+
 @pytest.mark.parametrize(
     ("variables", "line"),
     [
