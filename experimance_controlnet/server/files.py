@@ -12,9 +12,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+import psutil
+import structlog
+
 from experimance_controlnet.catalog.hashes import HashNotes
+from experimance_controlnet.catalog.page_cache import read_ahead
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.errors import NotFoundUpstreamError
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -67,6 +73,27 @@ class ModelFiles:
         """The sources that do not exist, by the word of their origins."""
         now = self._clock()
         return {source for source, until in self._absent_until_s.items() if now < until}
+
+    async def read_ahead(self, sources: Sequence[Source]) -> None:
+        """Bring those that are on this disk into the page cache, as far as half of the free memory
+        holds them. A fault is logged: who needs the file meets it again.
+        """
+        started_s = time.monotonic()
+        limit_bytes = psutil.virtual_memory().available // 2
+        # of a local file whose hash the catalogue states, every byte is read before it is loaded
+        unread = [one for one in sources if one.sha256 is None or self._store.is_remote(one)]
+
+        def work() -> int:
+            paths = [self._store.path(source) for source in unread]
+            return read_ahead([path for path in paths if path is not None], limit_bytes)
+
+        try:
+            read_bytes = await in_daemon_thread(work)
+        except OSError as error:
+            log.warning("read_ahead_failed", reason=error.strerror)
+            return
+        seconds = round(time.monotonic() - started_s, 3)
+        log.info("weights_read_ahead", read_bytes=read_bytes, seconds=seconds)
 
     def begin_hash(self, source: Source) -> asyncio.Task[str | None]:
         """Begin to compute what :meth:`content_hash` returns: gigabytes take seconds.

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -82,8 +83,8 @@ class FakeStore:
     def is_remote(self, source: Source) -> bool:
         return True
 
-    def path(self, source: Source) -> str | None:
-        return None if source in self.missing else source.uri
+    def path(self, source: Source) -> Path | None:
+        return None if source in self.missing else Path("/nothing/is/here")
 
     def fetch(self, source: Source) -> str:
         self.fetched.append(source)

@@ -49,6 +49,9 @@ def test_from_start_to_end(launch: Launch) -> None:
     assert names.index("server_listening") < names.index("engine_ready")
     assert names.index("engine_ready") < names.index("model_loaded") < names.index("request_done")
     assert names.index("request_done") < names.index("server_draining")
+    # and the disk is not idle meanwhile
+    [ahead] = [event for event in events if event["event"] == "weights_read_ahead"]
+    assert ahead["read_bytes"] > 100_000
     [listening] = [event for event in events if event["event"] == "server_listening"]
     assert (
         listening.items()
