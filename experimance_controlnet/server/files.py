@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import psutil
@@ -32,7 +33,7 @@ class Store(Protocol):
     """What is needed of ``catalog.store.ModelStore``; its docstrings say what each raises."""
 
     def is_remote(self, source: Source) -> bool: ...
-    def path(self, source: Source) -> Any: ...
+    def path(self, source: Source) -> Path | None: ...
     def fetch(self, source: Source) -> Any: ...
     def content_hash(self, source: Source) -> str | None: ...
 
