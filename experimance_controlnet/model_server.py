@@ -99,7 +99,7 @@ def keep_kernels(models_dir: Path, environment: MutableMapping[str, str]) -> Non
 
 def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
     # Imports make hundreds of thousands of objects, and all of them stay. Looking for garbage among
-    # them again and again took a fifth of their time.
+    # them again and again took up to a fifth of their time.
     gc.disable()
     # Only now: --help and a bad flag should not wait for them.
     from experimance_controlnet.engine.engine import Engine
