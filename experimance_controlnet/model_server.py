@@ -13,6 +13,7 @@ if not __package__ and Path(sys.path[0]).resolve() == Path(__file__).resolve().p
     sys.path[0] = str(Path(sys.path[0]).resolve().parent)
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -97,6 +98,9 @@ def keep_kernels(models_dir: Path, environment: MutableMapping[str, str]) -> Non
 
 
 def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int:
+    # Imports make hundreds of thousands of objects, and all of them stay. Looking for garbage among
+    # them again and again took up to a fifth of their time.
+    gc.disable()
     # Only now: --help and a bad flag should not wait for them.
     from experimance_controlnet.engine.engine import Engine
     from experimance_controlnet.engine.late import LateRunner
@@ -146,6 +150,10 @@ def _make_runner(settings: Settings, catalog: Catalog, store: ModelStore) -> Run
     except SettingsError as error:  # no exception here would end the process with this status
         sys.stderr.write(_for_operator(error.message))
         os._exit(BAD_SETTINGS)
+    finally:
+        # what is here now stays: a full collection need not stop all threads to go through it
+        gc.freeze()
+        gc.enable()
 
 
 def curl_line(url: str) -> str:

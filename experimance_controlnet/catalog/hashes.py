@@ -1,14 +1,26 @@
-"""sha256 of weights, computed once: remembered in memory, and beside files that were downloaded.
+"""sha256 of weights, computed once: remembered in memory, beside files that were downloaded, and in
+notes of our own for files that somebody else has put where they are.
 
-A side file ``X.sha256`` says which state of X it speaks of (length, time of change), so a file
-that somebody replaced is hashed again.
+A side file ``X.sha256`` says which state of X it speaks of (length, time of change), and so does a
+note: a file that somebody replaced is hashed again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import structlog
+
+_log = structlog.get_logger()
+
+_CHUNK_BYTES = 32 << 20
+"""Between two chunks a thread needs the GIL, for which it waits up to 5 ms while another imports or
+computes in Python. With small chunks a hash would wait for the imports of a start to end."""
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -18,8 +30,12 @@ def weight_files(path: Path) -> list[Path]:
 
 def hash_file(path: Path) -> str:
     """sha256 as lower-case hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
+    return digest.hexdigest()
 
 
 def side_file(path: Path) -> Path:
@@ -50,15 +66,74 @@ class ContentHashes:
         return listing.hexdigest() if files else None
 
     def _of_file(self, path: Path, keep_beside: bool) -> str:
-        stat = path.stat()
-        key = (path, stat.st_ino, stat.st_mtime_ns)
+        key = _key(path)
         digest = self._known.get(key) or (_read_beside(path) if keep_beside else None)
         if digest is None:
             digest = hash_file(path)
-            if keep_beside and os.access(path.parent, os.W_OK):  # an image may hold it read-only
+            unchanged = _key(path) == key  # what was replaced meanwhile is not what was hashed
+            # an image may hold it read-only
+            if keep_beside and unchanged and os.access(path.parent, os.W_OK):
                 remember_beside(path, digest)
         self._known[key] = digest
         return digest
+
+
+class HashNotes:
+    """Hashes that outlive the process, for files and folders that may not be written to.
+
+    One note a path, in a folder of ours. Safe to use from many threads and processes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """``folder`` is made when there is something to note."""
+        self._folder = folder
+
+    def of(self, path: Path, compute: Callable[[], str | None]) -> str | None:
+        """The hash that was noted, as long as no weight file changes; else ``compute``'s, noted.
+
+        A note that cannot be written is logged: the next start then computes it again.
+        """
+        states = _states(path)
+        note = self._folder / (hashlib.sha256(str(path.absolute()).encode()).hexdigest() + ".json")
+        known = _read_note(note)
+        noted = known.get("hash")
+        if known.get("files") == states and isinstance(noted, str):
+            return noted
+        digest = compute()
+        if digest is not None and _states(path) == states:  # else it speaks of neither state
+            content = {"path": str(path.absolute()), "hash": digest, "files": states}
+            try:
+                self._write(note, json.dumps(content, indent=1))
+            except OSError as error:
+                _log.warning("hash_not_noted", path=str(path), reason=error.strerror)
+        return digest
+
+    def _write(self, note: Path, text: str) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self._folder, prefix=".partial-") as partial:
+            staged = Path(partial, note.name)
+            staged.write_text(text)
+            os.replace(staged, note)
+
+
+def _read_note(note: Path) -> dict[str, object]:
+    """Empty where there is none that can be read: then the hash is computed, and noted anew."""
+    try:
+        content = json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _states(path: Path) -> dict[str, str]:
+    """Of every weight file: its length, and its time of change to the nanosecond."""
+    stats = {file.relative_to(path).as_posix(): file.stat() for file in weight_files(path)}
+    return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats.items()}
+
+
+def _key(path: Path) -> tuple[Path, int, int]:
+    stat = path.stat()
+    return path, stat.st_ino, stat.st_mtime_ns
 
 
 def _state(path: Path) -> str:

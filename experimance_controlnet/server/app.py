@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 
 from experimance_controlnet import __version__
+from experimance_controlnet.catalog.hashes import HashNotes
 from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.engine.engine import Engine
 from experimance_controlnet.server.codec import CodecPool
@@ -30,7 +31,7 @@ def create_app(settings: Settings, catalog: Catalog, store: Store, engine: Engin
         settings=settings,
         catalog=catalog,
         engine=engine,
-        files=ModelFiles(store),
+        files=ModelFiles(store, HashNotes(settings.models_dir / ".cache" / "sha256")),
         metrics=Metrics(engine),
         codec=CodecPool(),
     )

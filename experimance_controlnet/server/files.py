@@ -10,10 +10,18 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import psutil
+import structlog
+
+from experimance_controlnet.catalog.hashes import HashNotes
+from experimance_controlnet.catalog.page_cache import read_ahead
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.errors import NotFoundUpstreamError
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -24,7 +32,8 @@ ABSENT_FOR_S = 600.0
 class Store(Protocol):
     """What is needed of ``catalog.store.ModelStore``; its docstrings say what each raises."""
 
-    def path(self, source: Source) -> Any: ...
+    def is_remote(self, source: Source) -> bool: ...
+    def path(self, source: Source) -> Path | None: ...
     def fetch(self, source: Source) -> Any: ...
     def content_hash(self, source: Source) -> str | None: ...
 
@@ -32,8 +41,12 @@ class Store(Protocol):
 class ModelFiles:
     """The files of the catalogue. All methods are called on the event loop."""
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, store: Store, notes: HashNotes, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``notes`` keep the hashes of files beside which the store may not write."""
         self._store = store
+        self._notes = notes
         self._clock = clock
         self._transfers: dict[Source, asyncio.Task[None]] = {}
         self._absent_until_s: dict[Source, float] = {}
@@ -62,14 +75,48 @@ class ModelFiles:
         now = self._clock()
         return {source for source, until in self._absent_until_s.items() if now < until}
 
-    async def content_hash(self, source: Source) -> str | None:
-        """sha256 of the weights, computed once; None where they are not on this disk."""
+    async def read_ahead(self, sources: Sequence[Source]) -> None:
+        """Bring those that are on this disk into the page cache, as far as half of the free memory
+        holds them. A fault is logged: who needs the file meets it again.
+        """
+        started_s = time.monotonic()
+        limit_bytes = psutil.virtual_memory().available // 2
+        # of a local file whose hash the catalogue states, every byte is read before it is loaded
+        unread = [one for one in sources if one.sha256 is None or self._store.is_remote(one)]
+
+        def work() -> int:
+            paths = [self._store.path(source) for source in unread]
+            return read_ahead([path for path in paths if path is not None], limit_bytes)
+
+        try:
+            read_bytes = await in_daemon_thread(work)
+        except OSError as error:
+            log.warning("read_ahead_failed", reason=error.strerror)
+            return
+        seconds = round(time.monotonic() - started_s, 3)
+        log.info("weights_read_ahead", read_bytes=read_bytes, seconds=seconds)
+
+    def begin_hash(self, source: Source) -> asyncio.Task[str | None]:
+        """Begin to compute what :meth:`content_hash` returns: gigabytes take seconds.
+
+        Nobody has to wait for the task. If it fails, the next who asks begins anew.
+        """
         task = self._hashes.get(source)
         if task is None:
-            work = in_daemon_thread(lambda: self._store.content_hash(source))
+            work = in_daemon_thread(lambda: self._hash(source))
             task = self._hashes[source] = asyncio.ensure_future(work)
             task.add_done_callback(lambda done: self._keep_hash(source, done))
-        return await asyncio.shield(task)
+        return task
+
+    async def content_hash(self, source: Source) -> str | None:
+        """sha256 of the weights, computed once; None where they are not on this disk."""
+        return await asyncio.shield(self.begin_hash(source))
+
+    def _hash(self, source: Source) -> str | None:
+        path = self._store.path(source)
+        if path is None or self._store.is_remote(source):
+            return self._store.content_hash(source)
+        return self._notes.of(path, lambda: self._store.content_hash(source))
 
     def _missing(self, sources: Iterable[Source]) -> list[Source]:
         return [source for source in dict.fromkeys(sources) if self._store.path(source) is None]

@@ -90,6 +90,7 @@ async def make_pictures(
     deadline_s = accepted_s + services.settings.request_timeout_s
     image = None if depth is None else depth.image
     requests = work.plan.requests(work.request_id, image, deadline_s)
+    services.files.begin_hash(work.plan.model.source)  # beside the load of a model that is new here
     results = await bridge.generate(services.engine, requests, client_gone)
     model_hash = await services.files.content_hash(work.plan.model.source)
     control = _control_applied(work.plan, depth)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -99,17 +99,29 @@ class Services:
             ModelFileError, UnavailableError
         """
         spec = self.catalog.models[model]
-        sources = list(model_sources(spec))
+        await self.fetch(self._sources(model))
+        # beside the load, which does not wait for it: pictures need it, being ready does not
+        self.files.begin_hash(spec.source)
+        await asyncio.wrap_future(self.engine.load(model))
+
+    def _sources(self, model: str) -> list[Source]:
+        sources = list(model_sources(self.catalog.models[model]))
         if DEFAULT_CONTROLNET in self.catalog.controlnets:
             sources.append(self.catalog.controlnets[DEFAULT_CONTROLNET].source)
-        await self.fetch(sources)
-        # side by side: the hash of a file that was not downloaded takes seconds
-        load = asyncio.wrap_future(self.engine.load(model))
-        await asyncio.gather(load, self.files.content_hash(spec.source))
+        return sources
 
-    async def preload_all(self, models: Iterable[str]) -> None:
+    async def preload_all(self, models: Sequence[str]) -> None:
         """Bring the models in one after the other; what fails is kept in :attr:`preload`."""
         self.preload.pending.extend(models)
+        # until torch is imported nobody else needs the disk
+        sources = [source for model in models for source in self._sources(model)]
+        ahead = asyncio.ensure_future(self.files.read_ahead(sources))
+        try:
+            await self._bring_pending()
+        finally:
+            ahead.cancel()  # the thread goes on, nobody waits
+
+    async def _bring_pending(self) -> None:
         while self.preload.pending:
             model = self.preload.pending[0]
             try:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -72,9 +73,18 @@ class FakeStore:
     faults: dict[Source, Exception] = field(default_factory=dict)
     fetch_s: float = 0.0
     fetched: list[Source] = field(default_factory=list)
+    hashed: list[Source] = field(default_factory=list)
+    may_hash: threading.Event = field(default_factory=threading.Event)
+    """Hashing ends when it is set, as it is at first."""
 
-    def path(self, source: Source) -> str | None:
-        return None if source in self.missing else source.uri
+    def __post_init__(self) -> None:
+        self.may_hash.set()
+
+    def is_remote(self, source: Source) -> bool:
+        return True
+
+    def path(self, source: Source) -> Path | None:
+        return None if source in self.missing else Path("/nothing/is/here")
 
     def fetch(self, source: Source) -> str:
         self.fetched.append(source)
@@ -85,6 +95,8 @@ class FakeStore:
         return source.uri
 
     def content_hash(self, source: Source) -> str | None:
+        self.hashed.append(source)
+        assert self.may_hash.wait(WAIT_S)
         return f"hash of {source.uri}"
 
     def lacks(self, name: str, error: Exception | None = None) -> None:

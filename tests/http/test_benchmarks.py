@@ -40,3 +40,14 @@ def test_png(tmp_path: Path) -> None:
         # the figure is rounded, the sizes are whole bytes
         assert abs(ours["size_ratio"] - ours["size_bytes"] / baseline["size_bytes"]) < 1e-3
         assert ours["size_ratio"] < 1.15
+
+
+def test_imports(tmp_path: Path) -> None:
+    result = run_benchmark(
+        "imports", "--repeats", "1", out=tmp_path / "imports.json", timeout_s=200
+    )
+    rows = {row["package"]: row for row in result["rows"]}
+    assert rows["torch._dynamo"]["imported_by"].startswith(("diffusers.", "transformers."))
+    assert rows["torch"]["ms"] > 100 and rows["torch"]["modules"] > 100
+    assert sum(row["ms"] for row in rows.values()) < 1000 * result["seconds"]
+    assert result["seconds_collecting_garbage"] > 0

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import httpx
@@ -560,7 +560,7 @@ def test_the_request_id_reaches_engine_and_metadata(server: RunningServer) -> No
 
 
 class BrokenStore(FakeStore):
-    def path(self, source: Any) -> str | None:
+    def path(self, source: Any) -> NoReturn:
         raise ZeroDivisionError(CANARY)
 
 

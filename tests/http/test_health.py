@@ -12,7 +12,7 @@ from experimance_controlnet.data_types import HealthResponse
 from experimance_controlnet.engine.fake import FakeRunner
 from experimance_controlnet.engine.request import GenerationRequest
 from experimance_controlnet.errors import DownloadError
-from tests.http.conftest import FakeStore, RunningServer, StartServer, wait_until
+from tests.http.conftest import FakeStore, RunningServer, StartServer, source, wait_until
 from tests.http.test_errors import check_problem
 
 
@@ -63,6 +63,34 @@ def test_preload_happens_behind_the_ping(start_server: StartServer) -> None:
     assert statuses[:2] == ["starting", "loading_models"]
     assert seen[-1]["models_loaded"] == ["lightning", "hyper"]
     assert seen[-1]["ready_for_inference"] is True
+
+
+def test_a_picture_waits_for_the_hash_and_readiness_does_not(start_server: StartServer) -> None:
+    store = FakeStore()
+    store.may_hash.clear()
+    server = start_server(store=store, preload_model="lightning")
+    wait_until(lambda: status_of(server) == "ready")
+    assert server.client.get("/checkhealth").json()["ready_for_inference"] is True
+    assert server.client.post("/preload", params={"model_name": "lightning"}).status_code == 200
+    with ThreadPoolExecutor() as pool:
+        image = pool.submit(server.generate)
+        wait_until(lambda: len(server.runner.batches) == 6)
+        time.sleep(0.2)
+        assert not image.done()
+        store.may_hash.set()
+        assert (
+            image.result().json()["metadata"]["model_hash"] == f"hash of {source('lightning').uri}"
+        )
+    assert store.hashed == [source("lightning")]
+
+
+def test_the_hash_is_computed_beside_the_load(start_server: StartServer) -> None:
+    server = start_server(FakeRunner(load_s=1.0))
+    with ThreadPoolExecutor() as pool:
+        image = pool.submit(server.generate, model="hyper")
+        wait_until(lambda: server.store.hashed == [source("hyper")])
+        assert server.runner.loaded_models == ()
+        assert image.result().status_code == 200
 
 
 def test_a_preload_that_fails_is_told_and_can_be_repeated(start_server: StartServer) -> None:

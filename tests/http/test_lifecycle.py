@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from experimance_controlnet.catalog.hashes import HashNotes
 from experimance_controlnet.engine.engine import Engine
 from experimance_controlnet.engine.fake import FakeRunner
 from experimance_controlnet.engine.request import GenerationRequest, Progress
@@ -306,9 +308,9 @@ def test_one_transfer_for_everybody(start_server: StartServer, pool: ThreadPoolE
     assert store.fetched == [source("hyper")]
 
 
-def test_an_absence_is_believed_for_some_minutes_only() -> None:
+def test_an_absence_is_believed_for_some_minutes_only(tmp_path: Path) -> None:
     store, now = FakeStore(), [0.0]
-    files = ModelFiles(store, clock=lambda: now[0])
+    files = ModelFiles(store, HashNotes(tmp_path), clock=lambda: now[0])
     files._absent_until_s[source("drone")] = 600.0
     assert source("drone") in files.absent
     now[0] = 601.0

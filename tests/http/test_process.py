@@ -49,6 +49,9 @@ def test_from_start_to_end(launch: Launch) -> None:
     assert names.index("server_listening") < names.index("engine_ready")
     assert names.index("engine_ready") < names.index("model_loaded") < names.index("request_done")
     assert names.index("request_done") < names.index("server_draining")
+    # and the disk is not idle meanwhile
+    [ahead] = [event for event in events if event["event"] == "weights_read_ahead"]
+    assert ahead["read_bytes"] > 100_000
     [listening] = [event for event in events if event["event"] == "server_listening"]
     assert (
         listening.items()
@@ -73,6 +76,25 @@ def test_the_server_imports_no_torch() -> None:
         [sys.executable, "-c", code], cwd=FOLDER.parent, capture_output=True, text=True, check=True
     )
     assert done.stdout == "set()\n"
+
+
+def test_garbage_is_collected_again_after_the_imports(tmp_path: Path) -> None:
+    code = (
+        "import gc, sys, pathlib; gc.disable(); from experimance_controlnet import model_server; "
+        "catalog = model_server.load_catalog('embedded'); "
+        "settings = model_server.Settings(model_device='cpu'); "
+        "store = model_server.ModelStore(pathlib.Path(sys.argv[1])); "
+        "model_server._make_runner(settings, catalog, store); "
+        "print(gc.isenabled(), gc.get_freeze_count() > 50_000, gc.get_count()[0] < 50_000)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=FOLDER.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "True True True\n"
 
 
 @pytest.mark.parametrize(
