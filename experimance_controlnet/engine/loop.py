@@ -83,7 +83,7 @@ class EngineLoop:
 
     def _drain_inbox(self) -> None:
         self.beat_s = self._clock()
-        busy = bool(self._tickets) or self._warming_up
+        busy = self._tickets or self._warming_up or self.loads.short_of_room
         try:
             self._inbox.get(timeout=0 if busy else IDLE_BEAT_S)()
             self._warming_up = False
