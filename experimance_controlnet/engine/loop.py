@@ -126,7 +126,8 @@ class EngineLoop:
     def unload(self, model: str, waiter: Waiter) -> None:
         """Free a model; ModelBusyError where requests use it or wait for it."""
         in_use = {ticket.request.model for ticket in self._ledger.tickets()}
-        if model in in_use or model in self.loads.models:
+        coming = model in self.loads.models or Asset("model", model) in self.loads.read_against
+        if model in in_use or coming:
             waiter(ModelBusyError(f"Requests use the model {model}; try again later."))
             return
         if model in self._runner.loaded_models:
@@ -185,8 +186,9 @@ class EngineLoop:
     # ---- what the stepper tells (see stepping.Outcomes) -------------------------------------
 
     def assets_in_use(self) -> set[Asset]:
-        """Of all requests under way."""
-        return {asset for ticket in self._tickets.values() for asset in ticket.request.assets}
+        """Of all requests under way, and of the load."""
+        under_way = {asset for ticket in self._tickets.values() for asset in ticket.request.assets}
+        return under_way | self.loads.read_against
 
     def stepped(self, state: RequestState) -> None:
         on_progress = self._tickets[state].on_progress
