@@ -79,6 +79,18 @@ class Loads:
         self._waiters.setdefault(asset, []).append(waiter)
         self._read_next()
 
+    def withdraw(self, waiter: Waiter) -> None:
+        """Tell this one nothing any more. What nobody else waits for is not read, unless that has
+        begun.
+        """
+        for asset, waiters in tuple(self._waiters.items()):
+            if waiter in waiters:
+                waiters.remove(waiter)
+                if not waiters and asset != self._reading:
+                    del self._waiters[asset]
+        if self.short_of_room:
+            self._read_next()
+
     def resume(self) -> None:
         """Try anew: nothing runs any more that could make room."""
         self._read_next()

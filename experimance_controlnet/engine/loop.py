@@ -57,7 +57,7 @@ class EngineLoop:
         self._batcher = new_batcher(max_rows, costs)
         self._stepper = Stepper(runner, costs, clock, self)
         self._tickets: dict[RequestState, Ticket] = {}  # of requests under way
-        self._waiting: dict[Ticket, None] = {}  # for a load, in order of acceptance
+        self._waiting: dict[Ticket, Waiter | None] = {}  # for a load, in order of acceptance
         self._held: list[Ticket] = []  # of these, until what runs has made room for a load
         self._warming_up = False  # the last beat prepared something, and there is more
         self.loads = Loads(runner, inbox.put, self._needed_beside, lambda: bool(self._tickets))
@@ -83,7 +83,7 @@ class EngineLoop:
 
     def _drain_inbox(self) -> None:
         self.beat_s = self._clock()
-        busy = bool(self._tickets) or self._warming_up
+        busy = self._tickets or self._warming_up or self.loads.short_of_room
         try:
             self._inbox.get(timeout=0 if busy else IDLE_BEAT_S)()
             self._warming_up = False
@@ -150,7 +150,8 @@ class EngineLoop:
     def _try_to_admit(self, ticket: Ticket) -> None:
         missing = self._runner.missing(ticket.request)
         if missing is not None:
-            self.loads.want(missing, partial(self._continue_admission, ticket))
+            waiter = self._waiting[ticket] = partial(self._continue_admission, ticket)
+            self.loads.want(missing, waiter)
             return
         state = self._runner.admit(ticket.request, ticket.accepted_s)
         del self._waiting[ticket]
@@ -158,10 +159,13 @@ class EngineLoop:
         self._batcher.add(state)
 
     def _resume_load(self) -> None:
-        """A load that had no room beside what ran goes on when nothing runs any more."""
-        if not self.loads.short_of_room or self._tickets:
-            return
-        self.loads.resume()
+        """A load that had no room beside what ran goes on when nothing runs any more; then, or when
+        nobody waits for it any more, so do those behind it.
+        """
+        if self.loads.short_of_room:
+            if self._tickets:
+                return
+            self.loads.resume()
         held, self._held = self._held, []
         for ticket in held:
             self._continue_admission(ticket, problem=None)
@@ -220,7 +224,9 @@ class EngineLoop:
         self._ledger.fail(ticket, failure)
 
     def _forget(self, ticket: Ticket) -> None:
-        self._waiting.pop(ticket, None)
+        waiter = self._waiting.pop(ticket, None)
+        if waiter is not None:
+            self.loads.withdraw(waiter)
         for state in [state for state, owner in self._tickets.items() if owner is ticket]:
             del self._tickets[state]
             self._stepper.forget(state)

@@ -20,7 +20,7 @@ from experimance_controlnet.engine.request import (
 )
 from experimance_controlnet.engine.residency import Residency
 from experimance_controlnet.engine.runner import Stage
-from experimance_controlnet.errors import ModelBusyError, RequestAbortedError
+from experimance_controlnet.errors import DeadlineExceededError, ModelBusyError, RequestAbortedError
 from tests.engine.conftest import DEPTH, make_request
 from tests.engine.test_engine import WAIT_S, outcomes
 
@@ -174,3 +174,41 @@ def test_a_model_stays_while_a_lora_is_read_against_it(start: StartEngine) -> No
     engine.unload("a").result(WAIT_S)
     assert outcomes([gone]) == [RequestAbortedError]
     assert not runner.has(L_OF_A)
+
+
+def test_who_waits_behind_a_load_goes_on_whoever_wakes_it(start: StartEngine) -> None:
+    """The load finds room before everything under way has ended: something else was asked for."""
+    runner = Cramped(12, step_s=0.02)
+    engine = start(runner)
+    for model in "ab":
+        engine.load(model).result(WAIT_S)
+    [short, long] = engine.submit([request("short", "a", steps=4), request("long", "b", steps=90)])
+    until(lambda: len(runner.batches) > 1)
+    [blocked] = engine.submit([request("blocked", "c")])
+    [behind] = engine.submit([request("behind", "b", steps=1)])
+    assert outcomes([short]) == [None]
+    engine.load("c").result(WAIT_S)
+    assert outcomes([behind, blocked]) == [None, None]
+    assert not long.future.done()
+    assert outcomes([long]) == [None]
+    assert engine.health().queue_depth == 0
+
+
+@pytest.mark.parametrize("how", ["aborted", "expired"])
+def test_what_nobody_waits_for_any_more_is_not_loaded(start: StartEngine, how: str) -> None:
+    runner = Cramped(6, step_s=0.05)
+    engine = start(runner)
+    engine.load("a").result(WAIT_S)
+    [long] = engine.submit([request("long", "a", steps=20)])
+    until(lambda: runner.batches)
+    deadline_s = time.monotonic() + 0.1 if how == "expired" else None
+    [blocked] = engine.submit([request("blocked", "b", deadline_s=deadline_s)])
+    [behind] = engine.submit([request("behind", "a", steps=1)])
+    if how == "aborted":
+        engine.abort(blocked)
+    expected = {"aborted": RequestAbortedError, "expired": DeadlineExceededError}
+    assert outcomes([blocked, behind]) == [expected[how], None]
+    assert not long.future.done()
+    assert outcomes([long]) == [None]
+    assert engine.health().models_loading == ()
+    assert runner.read == [Asset("model", "a")]
