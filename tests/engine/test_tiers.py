@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
+
 import pytest
 
 from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.engine.request import Asset
 from experimance_controlnet.engine.sdxl import SdxlRunner
-from experimance_controlnet.engine.tiers import MINIMAL, PARKED, MemoryTier
+from experimance_controlnet.engine.tiers import MINIMAL, PARKED, RESIDENT, MemoryTier
 from tests.engine.conftest import (
     DEPTH,
     DRONE,
     SIZE_PX,
     TWO_ADAPTERS,
     admitted,
+    draw,
     draw_one,
     loaded,
     make_request,
@@ -38,6 +43,31 @@ def test_pictures_are_the_same(frugal: SdxlRunner, runner: SdxlRunner) -> None:
     for adapters in (TWO_ADAPTERS, (), DRONE):
         changes = {"adapters": adapters, "control": DEPTH}
         assert all_equal([draw_one(frugal, **changes), draw_one(runner, **changes)])
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("tier", [RESIDENT, PARKED, MINIMAL], ids=lambda tier: tier.name)
+def test_what_leaves_is_gone_at_once(catalog: Catalog, store: ModelStore, tier: MemoryTier) -> None:
+    """Programs that hold themselves would keep networks until garbage is collected."""
+    runner = loaded(SdxlRunner(catalog, store, "cpu", tier=tier), "lightning")
+    request = make_request(adapters=DRONE, control=DEPTH, steps=2)
+    draw(runner, request)
+    modules = runner._peek("lightning").modules
+    parts = (modules.unet, modules.vae, modules.text_encoder, modules.text_encoder_2)
+    left = [weakref.ref(part) for part in parts]
+    left += [weakref.ref(runner._assets.peek(asset)) for asset in request.assets[:2]]
+    del modules, parts
+    for asset in reversed(request.assets):
+        runner._assets.drop(asset)
+    assert [reference() for reference in left] == [None] * 6
 
 
 def test_parked_in_the_middle_of_its_life(runner: SdxlRunner) -> None:
