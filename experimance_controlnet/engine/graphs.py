@@ -9,7 +9,9 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from types import MethodType
 from typing import Generic, TypeVar
+from weakref import WeakMethod
 
 import structlog
 import torch
@@ -122,7 +124,10 @@ class ReplayedWork:
     """Runs as it is the first time, recorded from the second time on."""
 
     def __init__(self, work: Work, recorder: Recorder) -> None:
-        self._work = work
+        """Where ``work`` is a method, its object must be alive when this is called: most hold this
+        themselves, and in a cycle their buffers would wait for the garbage collector.
+        """
+        self._work = _weakly(work) if isinstance(work, MethodType) else work
         self._recorder = recorder
         self._runs = 0
 
@@ -136,6 +141,18 @@ class ReplayedWork:
             self._work = self._recorder.record(self._work)
         self._runs = min(2, self._runs + 1)
         self._work()
+
+
+def _weakly(method: Work) -> Work:
+    """Calls the method, and does not keep its object alive."""
+    weak = WeakMethod(method)
+
+    def work() -> None:
+        strong = weak()
+        assert strong is not None, "whoever calls this holds the object"
+        strong()
+
+    return work
 
 
 class ProgramCache(Generic[KeyT, ProgramT]):

@@ -52,7 +52,7 @@ class Loads:
         self._post = post
         self._needed_beside = needed_beside
         self._others_run = others_run
-        self._waiters: dict[Asset, list[Waiter]] = {}  # in order of the first wish
+        self._waiters: dict[Asset, list[Waiter]] = {}  # the first is the next
         self._reading: Asset | None = None
         self.short_of_room = False
         """The next asset waits until no request is under way; then call :meth:`resume`."""
@@ -64,6 +64,13 @@ class Loads:
         """Models that are wanted and not in memory yet. Safe on any thread."""
         return tuple(asset.name for asset in tuple(self._waiters) if asset.kind == "model")
 
+    @property
+    def read_against(self) -> set[Asset]:
+        """The model that must stay as long as a LoRA for it is being read."""
+        if self._reading is None or self._reading.model is None:
+            return set()
+        return {Asset("model", self._reading.model)}
+
     def want(self, asset: Asset, waiter: Waiter) -> None:
         """Tell ``waiter`` as soon as the asset is in memory, which may be at once."""
         if self._runner.has(asset):
@@ -71,6 +78,18 @@ class Loads:
             return
         self._waiters.setdefault(asset, []).append(waiter)
         self._read_next()
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Tell this one nothing any more. What nobody else waits for is not read, unless that has
+        begun.
+        """
+        for asset, waiters in tuple(self._waiters.items()):
+            if waiter in waiters:
+                waiters.remove(waiter)
+                if not waiters and asset != self._reading:
+                    del self._waiters[asset]
+        if self.short_of_room:
+            self._read_next()
 
     def resume(self) -> None:
         """Try anew: nothing runs any more that could make room."""
@@ -81,6 +100,11 @@ class Loads:
         if self._reading is not None or not self._waiters:
             return
         asset = next(iter(self._waiters))
+        if asset.model is not None and not self._runner.has(Asset("model", asset.model)):
+            # Its model had to leave for another. Who waits asks for that one first.
+            self._reading = asset
+            self._post(partial(self._tell, asset, None))
+            return
         error = attempt(partial(self._make_room, asset))
         if self.short_of_room:
             return
@@ -117,8 +141,6 @@ class Loads:
         log.info(f"{asset.kind}_loaded", **fields)
 
     def _done(self, asset: Asset, loaded: Future[Any]) -> None:
-        waiters = self._waiters.pop(asset)
-        self._reading = None
         error = loaded.exception()
         if error is None:
             self._runner.install(asset, loaded.result())
@@ -130,6 +152,16 @@ class Loads:
             if is_out_of_memory(error):
                 error.__traceback__ = None  # whose frames hold what was read
                 self._runner.release_memory()
+        self._tell(asset, error)
+
+    def _tell(self, asset: Asset, error: Exception | None) -> None:
+        waiters, later = self._waiters.pop(asset), self._waiters
+        self._waiters = {}
         for waiter in waiters:
             waiter(error)
+        # What these ask for next comes before the rest, for which this asset might have to leave:
+        # requests that need several would push out each other's for ever.
+        for other, others in later.items():
+            self._waiters.setdefault(other, []).extend(others)
+        self._reading = None
         self._read_next()

@@ -57,7 +57,7 @@ class EngineLoop:
         self._batcher = new_batcher(max_rows, costs)
         self._stepper = Stepper(runner, costs, clock, self)
         self._tickets: dict[RequestState, Ticket] = {}  # of requests under way
-        self._waiting: dict[Ticket, None] = {}  # for a load, in order of acceptance
+        self._waiting: dict[Ticket, Waiter | None] = {}  # for a load, in order of acceptance
         self._held: list[Ticket] = []  # of these, until what runs has made room for a load
         self._warming_up = False  # the last beat prepared something, and there is more
         self.loads = Loads(runner, inbox.put, self._needed_beside, lambda: bool(self._tickets))
@@ -126,7 +126,8 @@ class EngineLoop:
     def unload(self, model: str, waiter: Waiter) -> None:
         """Free a model; ModelBusyError where requests use it or wait for it."""
         in_use = {ticket.request.model for ticket in self._ledger.tickets()}
-        if model in in_use or model in self.loads.models:
+        coming = model in self.loads.models or Asset("model", model) in self.loads.read_against
+        if model in in_use or coming:
             waiter(ModelBusyError(f"Requests use the model {model}; try again later."))
             return
         if model in self._runner.loaded_models:
@@ -149,7 +150,8 @@ class EngineLoop:
     def _try_to_admit(self, ticket: Ticket) -> None:
         missing = self._runner.missing(ticket.request)
         if missing is not None:
-            self.loads.want(missing, partial(self._continue_admission, ticket))
+            waiter = self._waiting[ticket] = partial(self._continue_admission, ticket)
+            self.loads.want(missing, waiter)
             return
         state = self._runner.admit(ticket.request, ticket.accepted_s)
         del self._waiting[ticket]
@@ -157,10 +159,13 @@ class EngineLoop:
         self._batcher.add(state)
 
     def _resume_load(self) -> None:
-        """A load that had no room beside what ran goes on when nothing runs any more."""
-        if not self.loads.short_of_room or self._tickets:
-            return
-        self.loads.resume()
+        """A load that had no room beside what ran goes on when nothing runs any more; then, or when
+        nobody waits for it any more, so do those behind it.
+        """
+        if self.loads.short_of_room:
+            if self._tickets:
+                return
+            self.loads.resume()
         held, self._held = self._held, []
         for ticket in held:
             self._continue_admission(ticket, problem=None)
@@ -185,8 +190,9 @@ class EngineLoop:
     # ---- what the stepper tells (see stepping.Outcomes) -------------------------------------
 
     def assets_in_use(self) -> set[Asset]:
-        """Of all requests under way."""
-        return {asset for ticket in self._tickets.values() for asset in ticket.request.assets}
+        """Of all requests under way, and of the load."""
+        under_way = {asset for ticket in self._tickets.values() for asset in ticket.request.assets}
+        return under_way | self.loads.read_against
 
     def stepped(self, state: RequestState) -> None:
         on_progress = self._tickets[state].on_progress
@@ -218,7 +224,9 @@ class EngineLoop:
         self._ledger.fail(ticket, failure)
 
     def _forget(self, ticket: Ticket) -> None:
-        self._waiting.pop(ticket, None)
+        waiter = self._waiting.pop(ticket, None)
+        if waiter is not None:
+            self.loads.withdraw(waiter)
         for state in [state for state, owner in self._tickets.items() if owner is ticket]:
             del self._tickets[state]
             self._stepper.forget(state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -23,16 +22,18 @@ class Residency:
         forget: Callable[[Asset, Any], None] = lambda asset, thing: None,
     ) -> None:
         """``free_bytes`` measures, ``release`` gives the memory of what was dropped back;
-        ``forget`` is told of each thing that is about to leave.
+        ``forget`` is told of each thing that is about to leave, but for LoRAs that leave with their
+        model.
         """
         self._free_bytes = free_bytes
         self._release = release
         self._forget = forget
-        self._things: OrderedDict[Asset, Any] = OrderedDict()
+        # In order of use. Replaced and never changed, since other threads iterate over it.
+        self._things: dict[Asset, Any] = {}
 
     def names(self, kind: str) -> tuple[str, ...]:
         """Of all assets of that kind, the least recently used first."""
-        return tuple(asset.name for asset in tuple(self._things) if asset.kind == kind)
+        return tuple(asset.name for asset in self._things if asset.kind == kind)
 
     def __contains__(self, asset: Asset) -> bool:
         return asset in self._things
@@ -43,25 +44,26 @@ class Residency:
 
     def use(self, asset: Asset) -> Any:
         """The same; the asset thereby becomes the most recently used."""
-        self._things.move_to_end(asset)
-        return self._things[asset]
+        thing = self._things[asset]
+        self.add(asset, thing)
+        return thing
 
     def add(self, asset: Asset, thing: Any) -> None:
-        self._things[asset] = thing
+        self._things = {**self._without({asset}), asset: thing}
 
     def drop(self, asset: Asset) -> None:
         """Let the asset go, and with a model the LoRAs that were read against it."""
-        if asset.kind == "model":
-            for lora in [lora for lora in self._things if lora.model == asset.name]:
-                del self._things[lora]
         self._forget(asset, self._things[asset])
-        del self._things[asset]
+        leaving = {asset}
+        if asset.kind == "model":
+            leaving |= {lora for lora in self._things if lora.model == asset.name}
+        self._things = self._without(leaving)
         self._release()
         log.info(f"{asset.kind}_unloaded", **{asset.kind: asset.name})
 
     def drop_idle(self, in_use: Collection[Asset]) -> None:
         """Let everything go that is not in use."""
-        for asset in tuple(self._things):
+        for asset in tuple(self._things):  # not the dict, which would keep what is dropped
             if asset in self._things and asset not in in_use:
                 self.drop(asset)
 
@@ -73,3 +75,6 @@ class Residency:
             if asset in self._things and asset not in in_use:
                 self.drop(asset)
         return self._free_bytes() >= needed_bytes
+
+    def _without(self, assets: Collection[Asset]) -> dict[Asset, Any]:
+        return {other: thing for other, thing in self._things.items() if other not in assets}

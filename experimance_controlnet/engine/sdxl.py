@@ -28,6 +28,7 @@ from experimance_controlnet.engine.request import (
 from experimance_controlnet.engine.residency import Residency
 from experimance_controlnet.engine.runner import GpuMemory, Stage
 from experimance_controlnet.engine.tiers import MemoryTier, choose_tier
+from experimance_controlnet.engine.tiling import needs_tiles
 from experimance_controlnet.engine.vae import Frame
 from experimance_controlnet.engine.warmup import WarmUps
 
@@ -227,7 +228,7 @@ class SdxlRunner:
         if "memory_released" not in state.notes:
             self._assets.drop_idle(in_use)
             note = "memory_released"
-        elif stage == "decode" and not state.tiled:
+        elif stage == "decode" and self._tiling_helps(state):
             state.tiled = True
             note = "vae_tiled"
         elif not model.parked:
@@ -236,3 +237,8 @@ class SdxlRunner:
         if note is not None:
             self.release_memory()
         return note
+
+    def _tiling_helps(self, state: RequestState) -> bool:
+        request = state.request
+        large = needs_tiles(request.height // 8, request.width // 8)
+        return large and not state.tiled and not self._tier.tiles

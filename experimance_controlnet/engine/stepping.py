@@ -79,7 +79,9 @@ class Stepper:
         for state, frame in tuple(self._frames.items()):
             if not wait and not frame.ready():
                 return
-            self._attempt(state, partial(self._deliver, state), "decode")
+            pixels: list[PixelImage] = []
+            if self._attempt(state, partial(self._fetch, state, pixels), "decode"):
+                self._attempt(state, partial(self._outcomes.finished, state, *pixels))
             wait = False
 
     def _prepared(self, state: RequestState) -> bool:
@@ -124,15 +126,15 @@ class Stepper:
     def _decode(self, state: RequestState) -> None:
         self._frames[state] = self._runner.decode(state)
 
-    def _deliver(self, state: RequestState) -> None:
+    def _fetch(self, state: RequestState, found: list[PixelImage]) -> None:
         # taken out: if there is too little memory for its second try, another frame is made
         frame = self._frames.pop(state, None) or self._runner.decode(state)
         pixels, notes = frame.result()
-        state.notes += notes
+        state.notes += [note for note in notes if note not in state.notes]
         state.timer.decoded_s = self._clock()
         # The host is ahead of the device; when denoising really ended, only the device knows.
         state.timer.denoised_s = state.timer.decoded_s - frame.decode_s
-        self._outcomes.finished(state, pixels)
+        found.append(pixels)
 
     def _attempt(
         self, state: RequestState, work: Callable[[], object], stage: Stage | None = None

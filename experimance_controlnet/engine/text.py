@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from experimance_controlnet.engine.graphs import Recorder, ReplayedWork, Work
+from experimance_controlnet.engine.graphs import Recorder, ReplayedWork
 from experimance_controlnet.engine.network.attention import fastest_attention
 from experimance_controlnet.engine.offload import stream_weights
 
@@ -32,17 +32,16 @@ class RecordedTextEncoder:
         self._token_ids = torch.zeros(tokens, dtype=torch.long, device=self.device)
         self._output: TextOutput | None = None
         self._recorder = recorder
-        self._parked = False
         self.clear_program()
 
     def clear_program(self) -> None:
         """Give up what is recorded; it is recorded again when it is needed."""
-        evaluate: Work = self._evaluate_once  # of parked weights a graph would not know the place
-        self._evaluate = evaluate if self._parked else ReplayedWork(evaluate, self._recorder)
+        self._evaluate = ReplayedWork(self._evaluate_once, self._recorder)
 
     def park(self) -> None:
         """Keep the weights in the host's memory; they travel at each call. For good."""
-        self._parked = True
+        # of weights that travel a graph would not know the place
+        self._recorder = Recorder(self.device, enabled=False)
         self.clear_program()
         stream_weights(self.module, self.device)
 

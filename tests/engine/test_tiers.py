@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
+
 import pytest
 
 from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.catalog.store import ModelStore
-from experimance_controlnet.engine.request import Asset
+from experimance_controlnet.engine.engine import Engine
+from experimance_controlnet.engine.request import Asset, RequestState
 from experimance_controlnet.engine.sdxl import SdxlRunner
-from experimance_controlnet.engine.tiers import MINIMAL, PARKED, MemoryTier
+from experimance_controlnet.engine.tiers import MINIMAL, PARKED, RESIDENT, MemoryTier
+from experimance_controlnet.engine.vae import Frame
+from experimance_controlnet.errors import DeviceMemoryError
 from tests.engine.conftest import (
     DEPTH,
     DRONE,
     SIZE_PX,
     TWO_ADAPTERS,
     admitted,
+    draw,
     draw_one,
     loaded,
     make_request,
@@ -40,6 +48,31 @@ def test_pictures_are_the_same(frugal: SdxlRunner, runner: SdxlRunner) -> None:
         assert all_equal([draw_one(frugal, **changes), draw_one(runner, **changes)])
 
 
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("tier", [RESIDENT, PARKED, MINIMAL], ids=lambda tier: tier.name)
+def test_what_leaves_is_gone_at_once(catalog: Catalog, store: ModelStore, tier: MemoryTier) -> None:
+    """Programs that hold themselves would keep networks until garbage is collected."""
+    runner = loaded(SdxlRunner(catalog, store, "cpu", tier=tier), "lightning")
+    request = make_request(adapters=DRONE, control=DEPTH, steps=2)
+    draw(runner, request)
+    modules = runner._peek("lightning").modules
+    parts = (modules.unet, modules.vae, modules.text_encoder, modules.text_encoder_2)
+    left = [weakref.ref(part) for part in parts]
+    left += [weakref.ref(runner._assets.peek(asset)) for asset in request.assets[:2]]
+    del modules, parts
+    for asset in reversed(request.assets):
+        runner._assets.drop(asset)
+    assert [reference() for reference in left] == [None] * 6
+
+
 def test_parked_in_the_middle_of_its_life(runner: SdxlRunner) -> None:
     sets = (TWO_ADAPTERS, (), DRONE)
     before = [draw_one(runner, adapters=adapters) for adapters in sets]
@@ -55,21 +88,48 @@ def test_parked_in_the_middle_of_its_life(runner: SdxlRunner) -> None:
         assert all_equal([one, other])
 
 
-def test_what_a_request_can_do_without(runner: SdxlRunner) -> None:
-    request = make_request(adapters=TWO_ADAPTERS, control=DEPTH)
+@pytest.mark.parametrize("width", [SIZE_PX, BIG_PX])
+def test_what_a_request_can_do_without(runner: SdxlRunner, width: int) -> None:
+    request = make_request(adapters=TWO_ADAPTERS, control=DEPTH, width=width, steps=1)
     state = admitted(runner, request)
     runner.install(Asset("model", "base"), runner.load(Asset("model", "base")))
     runner.prepare(state)
-    while not state.finished:
-        step(runner, [state])
+    step(runner, [state])
     given_up = []
     while (note := runner.relieve(state, "decode", in_use=request.assets)) is not None:
         given_up.append(note)
         state.notes.append(note)
         runner.decode(state).result()
-    assert given_up == ["memory_released", "vae_tiled", "offloaded"]
+    tiles = ["vae_tiled"] if width == BIG_PX else []  # a smaller one is no larger than a tile
+    assert given_up == ["memory_released", *tiles, "offloaded"]
     assert runner.loaded_models == ("lightning",)
     assert all(runner.has(asset) for asset in request.assets)
+
+
+def test_nothing_is_given_up_twice(frugal: SdxlRunner) -> None:
+    state = admitted(frugal, make_request(width=BIG_PX))
+    state.notes.append("memory_released")
+    expected = None if frugal.memory_tier == "minimal" else "vae_tiled"
+    assert frugal.relieve(state, "decode", in_use=()) == expected
+
+
+class Tight(SdxlRunner):
+    """Too small for a VAE on a whole picture."""
+
+    def decode(self, state: RequestState) -> Frame:
+        if not state.tiled:
+            raise MemoryError
+        return super().decode(state)
+
+
+def test_notes_name_each_thing_once(catalog: Catalog, store: ModelStore) -> None:
+    engine = Engine(Tight(catalog, store, "cpu"), queue_capacity=2, max_rows=2)
+    engine.start()
+    large, small = (make_request(width=width, steps=1) for width in (BIG_PX, SIZE_PX))
+    [ticket, hopeless] = engine.submit([large, small])
+    assert ticket.future.result(60).notes == ("memory_released", "vae_tiled")
+    assert isinstance(hopeless.future.exception(60), DeviceMemoryError)
+    engine.stop(timeout_s=1.0)
 
 
 def test_a_large_picture_in_tiles(runner: SdxlRunner) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+import weakref
+
 from experimance_controlnet.engine.request import Asset
 from experimance_controlnet.engine.residency import Residency
 
@@ -85,3 +89,45 @@ def test_everything_idle_leaves() -> None:
     memory.assets.drop_idle(in_use={B})
     assert memory.assets.names("model") == ("b",)
     assert LORA_OF_A not in memory.assets
+
+
+class Weights:
+    """Something that takes memory for as long as it lives."""
+
+
+def test_what_is_dropped_is_gone_before_its_memory_is_released() -> None:
+    living: list[int] = []
+    weights: weakref.WeakSet[Weights] = weakref.WeakSet()
+    assets = Residency(lambda: 3 - len(weights), lambda: living.append(len(weights)))
+    for asset in (A, LORA_OF_A, B):
+        thing = Weights()
+        weights.add(thing)
+        assets.add(asset, thing)
+    del thing
+    assert assets.make_room(2, in_use=())
+    assert living == [1] and assets.names("model") == ("b",)
+    assets.drop_idle(in_use=())
+    assert living == [1, 0]
+
+
+def test_others_may_read_at_any_time() -> None:
+    memory = Memory()
+    models = [Asset("model", str(number)) for number in range(12)]
+    memory.fill(*models)
+    names = {asset.name for asset in models}
+    done = threading.Event()
+
+    def use() -> None:
+        while not done.is_set():
+            for asset in models:
+                memory.assets.use(asset)
+
+    user = threading.Thread(target=use)
+    user.start()
+    try:
+        until_s = time.monotonic() + 1.0
+        while time.monotonic() < until_s:
+            assert set(memory.assets.names("model")) == names
+    finally:
+        done.set()
+        user.join()
