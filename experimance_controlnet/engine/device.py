@@ -84,8 +84,12 @@ class DeviceMemory:
 
     def release(self) -> None:
         """Give back what the allocator keeps for later."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self._device.type != "cuda":
+            return
+        # Growing segments are unmapped as soon as the stream is done that they belong to. Those of
+        # a graph belong to the stream of its recording, and another may still be replaying it.
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
 
 
 class Pace:
