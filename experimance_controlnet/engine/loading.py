@@ -155,13 +155,13 @@ class Loads:
         self._tell(asset, error)
 
     def _tell(self, asset: Asset, error: Exception | None) -> None:
-        waiters, later = self._waiters.pop(asset), self._waiters
-        self._waiters = {}
+        waiters = self._waiters.pop(asset)
+        before = {other: len(others) for other, others in self._waiters.items()}
         for waiter in waiters:
             waiter(error)
         # What these ask for next comes before the rest, for which this asset might have to leave:
         # requests that need several would push out each other's for ever.
-        for other, others in later.items():
-            self._waiters.setdefault(other, []).extend(others)
+        asked = {a for a, others in self._waiters.items() if len(others) > before.get(a, 0)}
+        self._waiters = dict(sorted(self._waiters.items(), key=lambda item: item[0] not in asked))
         self._reading = None
         self._read_next()
