@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
@@ -30,6 +31,10 @@ MIN_OBSERVATIONS = 3
 """From so many on a width, or a switch, counts as measured: then its median survives one outlier,
 such as kernels that are chosen and compiled when a device meets a shape for the first time."""
 
+FAILURE_STEPS = 500
+"""After so many measured steps a width that did not fit into memory may be tried again: what took
+the memory, such as a model that was being loaded, may be gone. A failure costs about one step."""
+
 _WINDOW = 15
 """Observations kept of each: enough for a steady median, few enough to follow a device that slows
 down or recovers."""
@@ -37,6 +42,14 @@ down or recovers."""
 _PRIOR_FLOPS_PER_S = 1e14
 """Before the first measurement; the order of a data-centre GPU. Only its ratio to switch costs and
 to waiting matters, and only for the first few steps of a process."""
+
+
+@dataclass(slots=True)
+class _Failure:
+    """A step that did not fit into memory."""
+
+    rows: int
+    steps_since: int = 0
 
 
 class StepCosts:
@@ -48,19 +61,26 @@ class StepCosts:
         self._curves: dict[Size, _Curve] = {}
         self._switches: dict[SwitchKind, deque[float]] = {}
         self._estimates: dict[tuple[Size, int], float] = {}  # until the next observation
-        self._too_wide: dict[Size, int] = {}
+        self._failures: dict[Size, _Failure] = {}
 
     def observe_failure(self, width: int, height: int, rows: int) -> None:
         """A step of this many rows at this size did not fit into memory."""
-        self._too_wide[width, height] = min(rows, self._too_wide.get((width, height), rows))
+        known = self._failures.get((width, height))
+        narrowest = rows if known is None else min(rows, known.rows)
+        self._failures[width, height] = _Failure(narrowest)
 
     def fits(self, width: int, height: int, rows: int) -> bool:
-        """Whether no step of so many rows, or fewer, has failed for want of memory."""
-        return rows < self._too_wide.get((width, height), rows + 1)
+        """Whether no step of so many rows, or fewer, has failed lately for want of memory."""
+        failure = self._failures.get((width, height))
+        return failure is None or rows < failure.rows
 
     def observe(self, width: int, height: int, rows: int, step_s: float) -> None:
         """A step of this many rows at this size, pixels, has taken ``step_s`` seconds."""
         size = (width, height)
+        if (failure := self._failures.get(size)) is not None:
+            failure.steps_since += 1
+            if failure.steps_since >= FAILURE_STEPS:
+                del self._failures[size]
         seen = self._steps.setdefault((size, rows), deque(maxlen=_WINDOW))
         seen.append(step_s)
         if len(seen) >= MIN_OBSERVATIONS:

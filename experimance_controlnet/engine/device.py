@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import psutil
 import torch
 
@@ -85,10 +83,13 @@ class DeviceMemory:
         )
 
     def release(self) -> None:
-        """Give back what nobody refers to, and what the allocator keeps for later."""
-        gc.collect()  # programs that were not recorded refer to themselves
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Give back what the allocator keeps for later."""
+        if self._device.type != "cuda":
+            return
+        # Growing segments are unmapped as soon as the stream is done that they belong to. Those of
+        # a graph belong to the stream of its recording, and another may still be replaying it.
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
 
 
 class Pace:

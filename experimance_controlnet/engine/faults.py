@@ -55,6 +55,14 @@ def attempt(work: Callable[[], object]) -> Exception | None:
     return None
 
 
+def drop_frames(error: BaseException) -> None:
+    """Let go of the tensors that the frames of tracebacks keep alive, those of its causes too."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+
+
 def as_worker_error(error: Exception) -> WorkerError:
     """The typed error that the client gets; the cause stays in the log."""
     if isinstance(error, WorkerError):

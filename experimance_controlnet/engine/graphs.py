@@ -40,7 +40,8 @@ class Recorder:
 
     def renew_pool(self) -> None:
         """What is recorded from now on shares no memory with what was. To be called when all of
-        that is dropped: only then is its pool given back, and it cannot be used again.
+        that is dropped, since a pool that was given back cannot be used again; and when a recording
+        failed, since then the pool may be spoilt.
         """
         if self._stream is not None:
             self._pool = torch.cuda.graph_pool_handle()

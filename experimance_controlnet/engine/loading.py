@@ -9,14 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import structlog
 
-from experimance_controlnet.engine.faults import attempt, is_fatal, is_out_of_memory
+from experimance_controlnet.engine.faults import attempt, drop_frames, is_fatal, is_out_of_memory
 from experimance_controlnet.engine.request import Asset
 from experimance_controlnet.engine.runner import Runner
 
@@ -110,9 +109,7 @@ class Loads:
             return
         self._reading = asset
         if error is not None:  # it ends those who wait for this, and nobody else
-            failed: Future[Any] = Future()
-            failed.set_exception(error)
-            self._post(partial(self._done, asset, failed))
+            self._post(partial(self._done, asset, [], error))
             return
         # A daemon: a process that is told to stop must not wait for a disk.
         threading.Thread(target=self._read, args=(asset,), name="loader", daemon=True).start()
@@ -123,15 +120,16 @@ class Loads:
         self.short_of_room = not enough and self._others_run()
 
     def _read(self, asset: Asset) -> None:
-        loaded: Future[Any] = Future()
+        found: list[Any] = []
+        failure: BaseException | None = None
         started_s = time.monotonic()
         try:
-            loaded.set_result(self._runner.load(asset))
+            found.append(self._runner.load(asset))
         except BaseException as error:  # noqa: BLE001 - top of this thread; the engine's judges it
-            loaded.set_exception(error)
+            failure = error
         else:
             self._count(asset, time.monotonic() - started_s)
-        self._post(partial(self._done, asset, loaded))
+        self._post(partial(self._done, asset, found, failure))
 
     def _count(self, asset: Asset, load_s: float) -> None:
         if asset.kind == "model":
@@ -140,28 +138,29 @@ class Loads:
         fields = {asset.kind: asset.name, "load_s": round(load_s, 3)}
         log.info(f"{asset.kind}_loaded", **fields)
 
-    def _done(self, asset: Asset, loaded: Future[Any]) -> None:
-        error = loaded.exception()
+    def _done(self, asset: Asset, found: list[Any], error: BaseException | None) -> None:
+        """``found`` has what was read, where there is no ``error``."""
         if error is None:
-            self._runner.install(asset, loaded.result())
+            # taken out: what is next may be in need of its memory, so nobody else must hold it
+            self._runner.install(asset, found.pop())
         else:
             fields = {asset.kind: asset.name, "error": repr(error)}
             log.error(f"{asset.kind}_load_failed", **fields, exc_info=error)
             if not isinstance(error, Exception) or is_fatal(error):
                 raise error
+            drop_frames(error)  # which hold what was read
             if is_out_of_memory(error):
-                error.__traceback__ = None  # whose frames hold what was read
                 self._runner.release_memory()
         self._tell(asset, error)
 
     def _tell(self, asset: Asset, error: Exception | None) -> None:
-        waiters, later = self._waiters.pop(asset), self._waiters
-        self._waiters = {}
+        waiters = self._waiters.pop(asset)
+        before = {other: len(others) for other, others in self._waiters.items()}
         for waiter in waiters:
             waiter(error)
         # What these ask for next comes before the rest, for which this asset might have to leave:
         # requests that need several would push out each other's for ever.
-        for other, others in later.items():
-            self._waiters.setdefault(other, []).extend(others)
+        asked = {a for a, others in self._waiters.items() if len(others) > before.get(a, 0)}
+        self._waiters = dict(sorted(self._waiters.items(), key=lambda item: item[0] not in asked))
         self._reading = None
         self._read_next()

@@ -73,11 +73,14 @@ class AdapterMerger:
         self._merged = wanted
 
     def park(self) -> None:
-        """Move the pristine copies to the host's memory, for good. The live weights stay."""
+        """Move the pristine copies to the host's memory, for good. The live weights stay. If there
+        is too little memory for it, so do the copies.
+        """
+        self._pristine = {
+            path: to_host(copy) if copy.is_cuda else copy for path, copy in self._pristine.items()
+        }
         self._parked = True
         self._plans.clear()
-        for path, copy in self._pristine.items():
-            self._pristine[path] = to_host(copy) if copy.is_cuda else copy
 
     def forget(self, factors: LoraFactors) -> None:
         """Give up all hold on an adapter, merged or not; it stays merged until the next one is."""

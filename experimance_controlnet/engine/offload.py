@@ -6,6 +6,7 @@ pinned memory are queued like kernels, and the allocator reuses a layer's memory
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,24 +24,32 @@ def stream_weights(module: nn.Module, device: torch.device) -> None:
     """Park the weights of a module and bring each layer's to the device while it is evaluated.
 
     The weights in the host's memory are the valid ones: who changes a parameter in place between
-    two evaluations changes them. Buffers, all small, go to the device for good.
+    two evaluations changes them. Buffers, all small, go to the device for good. If there is too
+    little memory for it, nothing has been parked.
     """
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
-    for layer in module.modules():
-        if any(True for _ in layer.parameters(recurse=False)):
-            _Visits(layer, device)
+    parked = [
+        (layer, [(weight, _pinned(weight.data, device)) for weight in weights])
+        for layer in module.modules()
+        if (weights := list(layer.parameters(recurse=False)))
+    ]
+    for layer, pairs in parked:
+        _Visits(layer, pairs, device)
 
 
 class _Visits:
     """One layer's parameters, on the device during its ``forward``."""
 
-    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        parked: Sequence[tuple[nn.Parameter, torch.Tensor]],
+        device: torch.device,
+    ) -> None:
+        """``parked``: each parameter and its weight in the host's memory."""
         self._device = device
-        self._parked = [
-            (parameter, _pinned(parameter.data, device))
-            for parameter in layer.parameters(recurse=False)
-        ]
+        self._parked = parked
         self._leave()
         layer.register_forward_pre_hook(self._arrive)
         # also after an error, or a merge would write into a copy that nobody keeps

@@ -211,7 +211,8 @@ class SdxlRunner:
 
     def _plan_warm_up(self, model: str) -> None:
         if self._device.type == "cuda":  # elsewhere nothing is compiled or recorded
-            self._warm_ups.plan(model, next(iter(self._assets.names("controlnet")), None))
+            latest = next(reversed(self._assets.names("controlnet")), None)
+            self._warm_ups.plan(model, latest)
 
     def release_memory(self) -> None:
         self._clear_programs()

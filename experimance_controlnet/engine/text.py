@@ -32,6 +32,7 @@ class RecordedTextEncoder:
         self._token_ids = torch.zeros(tokens, dtype=torch.long, device=self.device)
         self._output: TextOutput | None = None
         self._recorder = recorder
+        self._parked = False
         self.clear_program()
 
     def clear_program(self) -> None:
@@ -40,10 +41,13 @@ class RecordedTextEncoder:
 
     def park(self) -> None:
         """Keep the weights in the host's memory; they travel at each call. For good."""
+        if self._parked:
+            return
+        stream_weights(self.module, self.device)
+        self._parked = True
         # of weights that travel a graph would not know the place
         self._recorder = Recorder(self.device, enabled=False)
         self.clear_program()
-        stream_weights(self.module, self.device)
 
     def __call__(
         self, token_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_options: Any

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -20,11 +22,20 @@ from experimance_controlnet.engine.request import (
 )
 from experimance_controlnet.engine.residency import Residency
 from experimance_controlnet.engine.runner import Stage
-from experimance_controlnet.errors import DeadlineExceededError, ModelBusyError, RequestAbortedError
+from experimance_controlnet.errors import (
+    BadWeightsError,
+    DeadlineExceededError,
+    ModelBusyError,
+    RequestAbortedError,
+)
 from tests.engine.conftest import DEPTH, make_request
 from tests.engine.test_engine import WAIT_S, outcomes
 
 SIZES = {"model": 6, "controlnet": 3, "lora": 1}
+
+
+class Weights:
+    """Takes memory for as long as anybody holds it."""
 
 
 class Cramped(FakeRunner):
@@ -33,9 +44,12 @@ class Cramped(FakeRunner):
     def __init__(self, capacity: int, **options: Any) -> None:
         super().__init__(**options)
         self._capacity = capacity
-        self._assets = Residency(self._free, lambda: None, self._forget)
+        self._assets = Residency(self.free, lambda: None, self._forget)
         self.gates: dict[Asset, threading.Event] = {}
+        self.spoilt: set[Asset] = set()
+        """Cannot be read to the end."""
         self.read: list[Asset] = []
+        self._sizes: weakref.WeakKeyDictionary[Weights, int] = weakref.WeakKeyDictionary()
 
     @property
     def loaded_models(self) -> tuple[str, ...]:
@@ -56,7 +70,12 @@ class Cramped(FakeRunner):
             assert self.gates[asset].wait(WAIT_S)
         if asset.model is not None:
             self._assets.peek(Asset("model", asset.model))
-        return super().load(asset)
+        super().load(asset)
+        weights = Weights()
+        self._sizes[weights] = SIZES[asset.kind]
+        if asset in self.spoilt:
+            _complain()
+        return weights
 
     def install(self, asset: Asset, loaded: Any) -> None:
         self._assets.add(asset, loaded)
@@ -75,13 +94,19 @@ class Cramped(FakeRunner):
         self._assets.drop_idle(in_use)
         return "memory_released"
 
-    def _free(self) -> int:
-        taken = sum(SIZES[kind] * len(self._assets.names(kind)) for kind in SIZES)
-        return self._capacity - taken
+    def free(self) -> int:
+        return self._capacity - sum(self._sizes.values())
 
     def _forget(self, asset: Asset, thing: Any) -> None:
         if asset.model is not None:
             self._assets.peek(Asset("model", asset.model))
+
+
+def _complain() -> NoReturn:
+    try:
+        raise ValueError("a tensor is cut short")
+    except ValueError as error:
+        raise BadWeightsError("cut short") from error
 
 
 StartEngine = Callable[[Cramped], Engine]
@@ -132,6 +157,33 @@ def test_what_a_request_needs_comes_together(start: StartEngine) -> None:
     )
     assert outcomes(tickets) == [None] * 6
     assert len(runner.read) == 6  # the model, the ControlNet and the LoRA of each
+
+
+def test_what_was_just_loaded_can_make_room(start: StartEngine) -> None:
+    runner = Cramped(12, step_s=0.02)
+    engine = start(runner)
+    gate = runner.gates[Asset("model", "b")] = threading.Event()
+    [under_way] = engine.submit([request("a", "a", steps=100)])
+    until(lambda: runner.batches)
+    preloads = [engine.load("b"), engine.load("c")]
+    gate.set()
+    for preload in preloads:
+        preload.result(WAIT_S)
+    assert not under_way.future.done()
+    assert set(engine.health().models_loaded) == {"a", "c"}
+
+
+def test_nothing_is_left_of_what_could_not_be_read(start: StartEngine) -> None:
+    """Neither frames nor the garbage collector are waited for."""
+    runner = Cramped(6)
+    runner.spoilt.add(Asset("model", "a"))
+    engine = start(runner)
+    gc.disable()
+    try:
+        assert isinstance(engine.load("a").exception(WAIT_S), BadWeightsError)
+        until(lambda: runner.free() == 6)
+    finally:
+        gc.enable()
 
 
 def test_a_lora_whose_model_had_to_leave(start: StartEngine) -> None:

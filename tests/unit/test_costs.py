@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experimance_controlnet.engine.costs import KNEE_TOLERANCE, MIN_OBSERVATIONS, StepCosts
+from experimance_controlnet.engine.costs import (
+    FAILURE_STEPS,
+    KNEE_TOLERANCE,
+    MIN_OBSERVATIONS,
+    StepCosts,
+)
 from experimance_controlnet.workload import unet_flops, vae_decode_flops
 
 
@@ -124,3 +129,17 @@ def test_no_measured_width_is_much_better_than_the_knee(
     if knee in steps_s:
         allowed = [seconds / rows for rows, seconds in steps_s.items() if rows <= max_rows]
         assert steps_s[knee] / knee <= min(allowed) * (1 + KNEE_TOLERANCE) * (1 + 1e-9)
+
+
+def test_a_width_that_did_not_fit_is_tried_again_much_later() -> None:
+    costs = StepCosts()
+    costs.observe_failure(1024, 1024, 8)
+    costs.observe_failure(1024, 1024, 4)
+    costs.observe_failure(1024, 1024, 6)
+    assert costs.fits(1024, 1024, 3) and not costs.fits(1024, 1024, 4)
+    assert costs.fits(512, 512, 8)
+    for _ in range(FAILURE_STEPS - 1):
+        costs.observe(1024, 1024, 2, 0.03)
+    assert not costs.fits(1024, 1024, 4)
+    costs.observe(1024, 1024, 2, 0.03)
+    assert costs.fits(1024, 1024, 8)

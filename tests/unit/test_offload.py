@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -49,6 +51,20 @@ def test_they_are_parked_after_an_error_too(module: torch.nn.Sequential) -> None
     with torch.inference_mode(), pytest.raises(RuntimeError):
         module(torch.randn(3, 5))
     assert places(module) == parked
+
+
+class Unpinnable(torch.nn.Linear):
+    """There is no memory left for its weights."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        raise MemoryError
+
+
+def test_all_layers_are_parked_or_none(module: torch.nn.Sequential) -> None:
+    module.append(Unpinnable(2, 2))
+    with pytest.raises(MemoryError):
+        stream_weights(module, CPU)
+    assert not any(layer._forward_pre_hooks for layer in module.modules())
 
 
 def test_a_copy_is_laid_out_alike() -> None:
