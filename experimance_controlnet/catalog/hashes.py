@@ -32,6 +32,15 @@ def remember_beside(path: Path, digest: str) -> None:
     side_file(path).write_text(f"{digest} {_state(path)}\n")
 
 
+def hash_beside(path: Path) -> str | None:
+    """The hash that is remembered beside a file, if it is of the file as it is now."""
+    beside = side_file(path)
+    if not beside.is_file():
+        return None
+    digest, _, state = beside.read_text().strip().partition(" ")
+    return digest if state == _state(path) else None
+
+
 class ContentHashes:
     """The hashes that were asked for, each valid as long as its file does not change."""
 
@@ -52,7 +61,7 @@ class ContentHashes:
     def _of_file(self, path: Path, keep_beside: bool) -> str:
         stat = path.stat()
         key = (path, stat.st_ino, stat.st_mtime_ns)
-        digest = self._known.get(key) or (_read_beside(path) if keep_beside else None)
+        digest = self._known.get(key) or (hash_beside(path) if keep_beside else None)
         if digest is None:
             digest = hash_file(path)
             if keep_beside and os.access(path.parent, os.W_OK):  # an image may hold it read-only
@@ -65,11 +74,3 @@ def _state(path: Path) -> str:
     stat = path.stat()
     # whole seconds: images and archives do not keep more
     return f"{stat.st_size}-{int(stat.st_mtime)}"
-
-
-def _read_beside(path: Path) -> str | None:
-    beside = side_file(path)
-    if not beside.is_file():
-        return None
-    digest, _, state = beside.read_text().strip().partition(" ")
-    return digest if state == _state(path) else None

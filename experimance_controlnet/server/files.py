@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.errors import NotFoundUpstreamError
 
@@ -27,6 +28,7 @@ class Store(Protocol):
     def path(self, source: Source) -> Any: ...
     def fetch(self, source: Source) -> Any: ...
     def content_hash(self, source: Source) -> str | None: ...
+    def downloads(self) -> list[TransferStatus]: ...
 
 
 class ModelFiles:
@@ -61,6 +63,10 @@ class ModelFiles:
         """The sources that do not exist, by the word of their origins."""
         now = self._clock()
         return {source for source, until in self._absent_until_s.items() if now < until}
+
+    def downloads(self) -> list[TransferStatus]:
+        """How far the transfers are that run."""
+        return self._store.downloads()
 
     async def content_hash(self, source: Source) -> str | None:
         """sha256 of the weights, computed once; None where they are not on this disk."""

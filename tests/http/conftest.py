@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.catalog.specs import (
     AdapterUse,
     Catalog,
@@ -72,6 +73,7 @@ class FakeStore:
     faults: dict[Source, Exception] = field(default_factory=dict)
     fetch_s: float = 0.0
     fetched: list[Source] = field(default_factory=list)
+    running: list[TransferStatus] = field(default_factory=list)
 
     def path(self, source: Source) -> str | None:
         return None if source in self.missing else source.uri
@@ -86,6 +88,9 @@ class FakeStore:
 
     def content_hash(self, source: Source) -> str | None:
         return f"hash of {source.uri}"
+
+    def downloads(self) -> list[TransferStatus]:
+        return list(self.running)
 
     def lacks(self, name: str, error: Exception | None = None) -> None:
         """That file has to be fetched, which fails where an error is given."""

@@ -1,0 +1,235 @@
+"""The missing parts of one file over several connections at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from experimance_controlnet.catalog.answers import (
+    BrokenOffError,
+    FileChangedError,
+    FutileError,
+    Part,
+)
+from experimance_controlnet.catalog.backoff import Backoff
+from experimance_controlnet.catalog.partial import Identity, Partial, Span
+from experimance_controlnet.catalog.progress import Transfer
+from experimance_controlnet.catalog.web import Answer, Web
+from experimance_controlnet.errors import DownloadError, NotFoundUpstreamError
+
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How files are fetched."""
+
+    connections: int = 8
+    range_bytes: int = 32 << 20
+    save_every_s: float = 1.0
+    """A killed process loses what came since; each time is a flush of what was written."""
+    slow_after_s: float = 30.0
+    slow_bytes_per_s: float = 2000.0
+    """A connection that was slower for so long is given up, and another one tried."""
+    backoff: Backoff = field(default_factory=Backoff)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to fetch. ``label`` names it in errors; what nobody states is None."""
+
+    label: str
+    url: str
+    size_bytes: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One file on its way."""
+
+    order: Order
+    partial: Partial
+    web: Web
+    transfer: Transfer
+    manner: Manner
+
+
+class Pace:
+    """Notices a connection that delivers, but too little for anybody to wait for."""
+
+    def __init__(self, manner: Manner) -> None:
+        self._manner = manner
+        self._since_s = time.monotonic()
+        self._bytes = 0
+
+    def check(self, label: str, received_bytes: int) -> None:
+        """Count what came. Raises FutileError."""
+        self._bytes += received_bytes
+        elapsed_s = time.monotonic() - self._since_s
+        if elapsed_s < self._manner.slow_after_s:
+            return
+        if self._bytes < self._manner.slow_bytes_per_s * elapsed_s:
+            rate = round(self._bytes / elapsed_s)
+            raise FutileError(f"{label}: the origin sends only {rate} bytes a second")
+        self._since_s, self._bytes = time.monotonic(), 0
+
+
+def range_headers(span: Span, version: str | None = None) -> dict[str, str]:
+    """Ask for a span, and where ``version`` is given for no other state of the file."""
+    headers = {"Range": f"bytes={span[0]}-{span[1] - 1}"}
+    return headers if version is None else {**headers, "If-Range": version}
+
+
+def is_part(answer: Answer, span: Span, identity: Identity) -> bool:
+    """Whether an answer is just that span of just that state of the file."""
+    return answer.meaning == Part(*span, identity.size_bytes, identity.version)
+
+
+class ParallelRanges:
+    """Some workers, each with a connection and a thread; all spans are brought or one raises.
+
+    A worker whose connection breaks off gives the rest of its span back, and another one takes its
+    place after a pause. Only when the last one broke off, that fault is everybody's.
+    """
+
+    def __init__(self, job: Job, identity: Identity, spans: Sequence[Span], url: str) -> None:
+        """``url`` is where the redirects of the first answer ended: they are not asked again."""
+        self._job = job
+        self._identity = identity
+        self._url = url
+        self._lock = threading.Lock()
+        self._waiting = deque(spans)
+        self._open: set[Answer] = set()
+        self._workers: list[threading.Thread] = []
+        self._working = 0
+        self._stop = False
+        self._ended = threading.Event()  # a worker has ended
+        self._broke_off: list[BrokenOffError] = []
+        self._fault: Exception | None = None
+
+    def run(self, first: Answer) -> None:
+        """Bring all spans; ``first`` is the answer to a request for the first of them."""
+        manner = self._job.manner
+        self._start_worker(first)
+        try:
+            for _ in range(min(manner.connections, len(self._waiting)) - 1):
+                self._start_worker()
+            self._watch()
+        finally:
+            self._stop_workers()
+        if not isinstance(self._fault, OSError):
+            self._job.partial.save()
+        if self._fault is not None:
+            raise self._fault
+        if self._waiting:
+            raise self._broke_off[-1]
+
+    def _watch(self) -> None:
+        """Save now and then, and replace workers, until none is left or one has failed for good."""
+        manner = self._job.manner
+        seen, next_start_s = 0, 0.0
+        saved_s = time.monotonic()
+        while self._fault is None and (working := self._working):
+            self._ended.wait(manner.save_every_s)
+            self._ended.clear()
+            if time.monotonic() - saved_s >= manner.save_every_s:
+                self._job.partial.save()
+                saved_s = time.monotonic()
+            if len(self._broke_off) > seen:
+                seen = len(self._broke_off)
+                pause_s = manner.backoff.pause_s(seen, self._broke_off[-1].retry_after_s)
+                next_start_s = time.monotonic() + pause_s
+            elif (
+                seen
+                and self._waiting
+                and working < manner.connections
+                and time.monotonic() >= next_start_s
+            ):
+                self._start_worker()
+
+    def _start_worker(self, answer: Answer | None = None) -> None:
+        # daemon: a process that is told to stop does not wait for the network
+        worker = threading.Thread(target=self._work, args=(answer,), name="range", daemon=True)
+        self._workers.append(worker)
+        with self._lock:
+            self._working += 1
+        worker.start()
+
+    def _stop_workers(self) -> None:
+        with self._lock:
+            self._stop = True
+            for answer in self._open:
+                answer.interrupt()
+        for worker in self._workers:
+            worker.join()
+
+    def _work(self, answer: Answer | None) -> None:
+        try:
+            while (span := self._take()) is not None:
+                self._bring(span, answer)
+                answer = None
+        except BrokenOffError as error:
+            if isinstance(error, FileChangedError):
+                self._fault = error
+            else:
+                self._broke_off.append(error)
+        except (DownloadError, OSError) as error:
+            self._fault = error
+        finally:
+            with self._lock:
+                self._working -= 1
+            self._ended.set()
+
+    def _take(self) -> Span | None:
+        with self._lock:
+            return self._waiting.popleft() if self._waiting and not self._stop else None
+
+    def _bring(self, span: Span, answer: Answer | None) -> None:
+        position, end = span
+        try:
+            with ExitStack() as stack:
+                answer = answer or stack.enter_context(self._ask(span))
+                stack.enter_context(self._interruptible(answer))
+                pace = Pace(self._job.manner)
+                while position < end and not self._stop:
+                    data = answer.read(min(READ_BYTES, end - position))
+                    if not data:
+                        raise BrokenOffError(f"{answer.label}: the connection broke off")
+                    self._job.partial.write(position, data)
+                    position += len(data)
+                    self._job.transfer.add(len(data))
+                    pace.check(answer.label, len(data))
+        finally:
+            if position < end:
+                with self._lock:
+                    self._waiting.appendleft((position, end))
+
+    @contextmanager
+    def _ask(self, span: Span) -> Iterator[Answer]:
+        order, version = self._job.order, self._identity.version
+        headers = range_headers(span, version)
+        with ExitStack() as stack:
+            try:
+                answer = stack.enter_context(
+                    self._job.web.get(order.label, self._url, headers, home_url=order.url)
+                )
+            except NotFoundUpstreamError as error:  # where the same was there a moment ago
+                raise BrokenOffError(f"{error.message} (its first bytes were there)") from error
+            if not is_part(answer, span, self._identity):
+                raise FileChangedError(f"{order.label}: the file changes while it is fetched")
+            yield answer
+
+    @contextmanager
+    def _interruptible(self, answer: Answer) -> Iterator[None]:
+        with self._lock:
+            self._open.add(answer)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open.remove(answer)
