@@ -52,14 +52,21 @@ class Origin:
         self.replies: dict[str, list[Reply]] = {}
         self.asked: list[Asked] = []
         self.connections = 0
+        self.open_connections = 0
+        self.sent_bytes = 0
+        """Of bodies."""
         self._lock = threading.Lock()
         origin = self
 
         class Handler(_Handler):
             def setup(self) -> None:
                 self.origin = origin
-                origin.connections += 1
+                origin.count_connection(1)
                 super().setup()
+
+            def finish(self) -> None:
+                super().finish()
+                origin.count_connection(-1)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True  # one may wait for a client that keeps its connection
@@ -82,6 +89,15 @@ class Origin:
             self.asked.append(asked)
             script = self.replies.get(asked.path, [Reply(404)])
             return script.pop(0) if len(script) > 1 else script[0]
+
+    def count_connection(self, change: int) -> None:
+        with self._lock:
+            self.connections += max(change, 0)
+            self.open_connections += change
+
+    def count(self, sent_bytes: int) -> None:
+        with self._lock:
+            self.sent_bytes += sent_bytes
 
     def close(self) -> None:
         for reply in itertools.chain(*self.replies.values()):
@@ -116,6 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             for start in range(0, len(cut), step):
                 self.wfile.write(cut[start : start + step])
                 self.wfile.flush()
+                self.origin.count(len(cut[start : start + step]))
                 time.sleep(reply.drip_s)
                 if reply.hold is not None and start == 0:
                     reply.hold.wait(10)

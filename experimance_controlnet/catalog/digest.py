@@ -8,7 +8,7 @@ import threading
 
 from experimance_controlnet.catalog.partial import Partial
 
-_READ_BYTES = 4 << 20
+_READ_BYTES = 1 << 20
 
 
 class FollowingHash:

@@ -32,6 +32,8 @@ class Manner:
     range_bytes: int = 32 << 20
     save_every_s: float = 1.0
     """A killed process loses what came since; each time is a flush of what was written."""
+    silence_s: float = 30.0
+    """How long an origin may send nothing."""
     slow_after_s: float = 30.0
     slow_bytes_per_s: float = 2000.0
     """A connection that was slower for so long is given up, and another one tried."""

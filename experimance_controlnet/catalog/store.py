@@ -207,7 +207,7 @@ class ModelStore:
         hub_host = urlsplit(self._hub_endpoint or constants.ENDPOINT).netloc
         if (token := get_token()) is not None:
             tokens[hub_host] = token
-        with closing(Web(tokens, self._http)) as web:
+        with closing(Web(tokens, self._http, silence_s=self._manner.silence_s)) as web:
             if isinstance(place, WebFile):
                 staged = partial / place.keep_at.name
                 order = Order(

@@ -12,7 +12,7 @@ import ssl
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import SplitResult, urldefrag, urljoin, urlsplit
 
 import certifi
@@ -31,7 +31,7 @@ from experimance_controlnet.catalog.location import is_loopback
 from experimance_controlnet.errors import DownloadError
 
 _MAX_REDIRECTS = 5
-_TIMEOUT = urllib3.Timeout(connect=10.0, read=30.0)
+_CONNECT_S = 10.0
 _CONNECTIONS_A_HOST = 32
 
 
@@ -95,9 +95,12 @@ class Web:
     no other that it redirects to.
     """
 
-    def __init__(self, tokens: Mapping[str, str] | None = None, http: Http | None = None) -> None:
-        self._tokens = dict(tokens or {})
-        self._http = http or _Proxied()
+    def __init__(
+        self, tokens: Mapping[str, str], http: Http | None = None, *, silence_s: float = 30.0
+    ) -> None:
+        """``silence_s`` is how long an origin may send nothing. ``http``: other connections."""
+        self._tokens = dict(tokens)
+        self._http = http or _Proxied(silence_s)
 
     def close(self) -> None:
         """Close the connections that are kept for a next request."""
@@ -150,19 +153,23 @@ class Web:
 class _Proxied:
     """Pools of connections: direct ones, and through what HTTPS_PROXY, HTTP_PROXY, NO_PROXY say."""
 
-    def __init__(self) -> None:
-        self._context = _trusted()
-        self._direct = urllib3.PoolManager(
-            maxsize=_CONNECTIONS_A_HOST, timeout=_TIMEOUT, ssl_context=self._context
-        )
+    def __init__(self, silence_s: float) -> None:
+        self._options: dict[str, Any] = {
+            "maxsize": _CONNECTIONS_A_HOST,
+            "timeout": urllib3.Timeout(connect=_CONNECT_S, read=silence_s),
+            "ssl_context": _trusted(),
+        }
+        self._direct = urllib3.PoolManager(**self._options)
         self._through: dict[str, urllib3.ProxyManager] = {}
 
-    def request(self, method: str, url: str, **options: object) -> urllib3.BaseHTTPResponse:
-        return self._pool(urlsplit(url)).request(method, url, **options)  # type: ignore[arg-type]
+    def request(self, method: str, url: str, **options: Any) -> urllib3.BaseHTTPResponse:
+        return self._pool(urlsplit(url)).request(method, url, **options)
 
     def clear(self) -> None:
-        for pool in (self._direct, *self._through.values()):
-            pool.clear()
+        for manager in (self._direct, *self._through.values()):
+            for key in manager.pools.keys():  # noqa: SIM118 - it is not a dict
+                manager.pools[key].close()  # clear alone leaves it to the garbage collector
+            manager.clear()
 
     def _pool(self, url: SplitResult) -> urllib3.PoolManager:
         host = url.hostname or ""
@@ -170,9 +177,7 @@ class _Proxied:
         if proxy is None or is_loopback(host) or urllib.request.proxy_bypass(host):
             return self._direct
         if proxy not in self._through:
-            self._through[proxy] = urllib3.ProxyManager(
-                proxy, maxsize=_CONNECTIONS_A_HOST, timeout=_TIMEOUT, ssl_context=self._context
-            )
+            self._through[proxy] = urllib3.ProxyManager(proxy, **self._options)
         return self._through[proxy]
 
 

@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,7 @@ from experimance_controlnet.errors import (
     NotFoundUpstreamError,
 )
 from tests.origin import Origin, Reply
-
-
-def safetensors(values: int = 64, fill: bytes = b"\1") -> bytes:
-    """A valid file with one uint8 tensor."""
-    header = {"w": {"dtype": "U8", "shape": [values], "data_offsets": [0, values]}}
-    encoded = json.dumps(header).encode()
-    return struct.pack("<Q", len(encoded)) + encoded + fill * values
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
+from tests.weights import safetensors, sha256
 
 WEIGHTS = safetensors()
 IMPATIENT = Manner(backoff=Backoff(tries=3, first_s=0.0))
@@ -510,7 +500,9 @@ def git_hash(content: bytes) -> str:
 COMMIT = "c0ffee" + "0" * 34
 
 
-def serve_repository(origin: Origin, files: dict[str, bytes], lfs: dict[str, str]) -> None:
+def serve_repository(
+    origin: Origin, files: dict[str, bytes], lfs: dict[str, str], commit: str = COMMIT
+) -> None:
     """The Hub's endpoints for acme/tiny at main; ``lfs`` are the hashes that the Hub states."""
     siblings: list[dict[str, Any]] = []
     for name, body in files.items():
@@ -518,9 +510,10 @@ def serve_repository(origin: Origin, files: dict[str, bytes], lfs: dict[str, str
         if name in lfs:
             entry["lfs"] = {"sha256": lfs[name], "size": len(body), "pointerSize": 134}
         siblings.append(entry)
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(body)[:40]}"'}
-        origin.serve(f"/acme/tiny/resolve/{COMMIT}/{name}", Reply(body=body, headers=headers))
-    info = {"id": "acme/tiny", "sha": COMMIT, "siblings": siblings}
+        headers, etag = {"X-Repo-Commit": commit}, f'"{sha256(body)[:40]}"'
+        path = f"/acme/tiny/resolve/{commit}/{name}"
+        origin.serve(path, Reply(body=body, headers=headers, etag=etag))
+    info = {"id": "acme/tiny", "sha": commit, "siblings": siblings}
     origin.serve("/api/models/acme/tiny/revision/main", Reply(body=json.dumps(info).encode()))
 
 
@@ -632,6 +625,69 @@ def test_a_byte_flipped_on_the_way_from_the_hub(origin: Origin, hub_store: Model
     serve_repository(origin, REPOSITORY, LFS | {"unet/w.fp16.safetensors": "0" * 64})
     message = assert_refused(hub_store, Source("hf://acme/tiny"), BadWeightsError)
     assert "unet/w.fp16.safetensors" in message
+
+
+def test_a_text_that_was_damaged_on_the_way_from_the_hub(
+    origin: Origin, hub_store: ModelStore
+) -> None:
+    serve_repository(origin, REPOSITORY, LFS)
+    origin.serve(f"/acme/tiny/resolve/{COMMIT}/unet/config.json", Reply(body=b"[]"))
+    message = assert_refused(hub_store, Source("hf://acme/tiny"), ChecksumMismatchError)
+    assert "unet/config.json" in message
+
+
+def cut_in_the_last_file(origin: Origin, models: Path) -> Source:
+    """A transfer that ended when a third of the last file was there."""
+    path = f"/acme/tiny/resolve/{COMMIT}/unet/w.fp16.safetensors"
+    whole = origin.replies[path][0]
+    origin.serve(path, replace(whole, cut_after=len(whole.body) // 3), Reply(503))
+    source = Source("hf://acme/tiny")
+    with pytest.raises(DownloadError):
+        ModelStore(models, hub_endpoint=origin.url, manner=IMPATIENT).fetch(source)
+    origin.serve(path, whole)
+    origin.asked.clear()
+    return source
+
+
+def test_a_cut_repository_goes_on_in_the_middle_of_a_file(
+    origin: Origin, hub_store: ModelStore, tmp_path: Path
+) -> None:
+    serve_repository(origin, REPOSITORY, LFS)
+    source = cut_in_the_last_file(origin, tmp_path / "models")
+    folder = hub_store.fetch(source)
+    assert (folder / "unet/w.fp16.safetensors").read_bytes() == WEIGHTS
+    assert [asked.span for asked in origin.asked] == [None, (len(WEIGHTS) // 3, len(WEIGHTS))]
+    assert list((tmp_path / "models").rglob(".partial-*")) == []
+
+
+def test_a_repository_that_went_on_to_another_commit(
+    origin: Origin, hub_store: ModelStore, tmp_path: Path
+) -> None:
+    serve_repository(origin, REPOSITORY, LFS)
+    source = cut_in_the_last_file(origin, tmp_path / "models")
+    newer = {"unet/w.safetensors": safetensors(66)}
+    hashes = {name: sha256(body) for name, body in newer.items()}
+    serve_repository(origin, newer, hashes, commit="d0" * 20)
+    folder = hub_store.fetch(source)
+    assert names_in(folder) == {"unet/w.safetensors", "unet/w.safetensors.sha256"}
+    assert (folder / "unet/w.safetensors").read_bytes() == safetensors(66)
+    assert list((tmp_path / "models").rglob(".partial-*")) == []
+
+
+def test_the_hub_gets_its_own_token(
+    origin: Origin, hub_store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
+    serve_repository(origin, {"a.json": b"{}"}, {})
+    elsewhere = Origin()
+    elsewhere.serve("/a.json", Reply(body=b"{}"))
+    moved = Reply(302, headers={"Location": f"{elsewhere.url}/a.json"})
+    origin.serve(f"/acme/tiny/resolve/{COMMIT}/a.json", moved)
+    hub_store.fetch(Source("hf://acme/tiny"))
+    elsewhere.close()
+    sent = [asked.headers.get("authorization") for asked in origin.asked]
+    assert sent == ["Bearer hf_SECRET"] * 2
+    assert [asked.headers.get("authorization") for asked in elsewhere.asked] == [None]
 
 
 def test_a_pickle_in_a_repository(origin: Origin, hub_store: ModelStore) -> None:
