@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import ssl
 import threading
 import time
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Asked:
 class Origin:
     """The replies of each path in turn, the last one for ever."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.replies: dict[str, list[Reply]] = {}
         self.asked: list[Asked] = []
         self.connections = 0
@@ -68,12 +69,17 @@ class Origin:
                 super().finish()
                 origin.count_connection(-1)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            # the handshake is for the connection's own thread: it may fail
+            self._server.socket = tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
         self._server.daemon_threads = True  # one may wait for a client that keeps its connection
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
         self.port = self._server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def requests(self) -> list[str]:

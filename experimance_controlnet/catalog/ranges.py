@@ -109,6 +109,9 @@ class ParallelRanges:
         self._open: set[Answer] = set()
         self._workers: list[threading.Thread] = []
         self._working = 0
+        self._spare = 0
+        """Workers that may still be started in place of others: a bound, since an origin that cuts
+        one connection after the other is better asked anew, after a pause."""
         self._stop = False
         self._ended = threading.Event()  # a worker has ended
         self._broke_off: list[BrokenOffError] = []
@@ -116,12 +119,13 @@ class ParallelRanges:
 
     def run(self, first: Answer) -> None:
         """Bring all spans; ``first`` is the answer to a request for the first of them."""
-        manner = self._job.manner
+        workers = min(self._job.manner.connections, len(self._waiting))
+        self._spare = workers
         self._start_worker(first)
         try:
-            for _ in range(min(manner.connections, len(self._waiting)) - 1):
+            for _ in range(workers - 1):
                 self._start_worker()
-            self._watch()
+            self._watch(workers)
         finally:
             self._stop_workers()
         if not isinstance(self._fault, OSError):
@@ -131,28 +135,33 @@ class ParallelRanges:
         if self._waiting:
             raise self._broke_off[-1]
 
-    def _watch(self) -> None:
-        """Save now and then, and replace workers, until none is left or one has failed for good."""
+    def _watch(self, workers: int) -> None:
+        """Save now and then, and replace who broke off, until no worker is left or one has failed
+        for good.
+        """
         manner = self._job.manner
         seen, next_start_s = 0, 0.0
         saved_s = time.monotonic()
         while self._fault is None and (working := self._working):
             self._ended.wait(manner.save_every_s)
             self._ended.clear()
-            if time.monotonic() - saved_s >= manner.save_every_s:
+            now_s = time.monotonic()
+            if now_s - saved_s >= manner.save_every_s:
                 self._job.partial.save()
-                saved_s = time.monotonic()
+                saved_s = now_s
             if len(self._broke_off) > seen:
                 seen = len(self._broke_off)
-                pause_s = manner.backoff.pause_s(seen, self._broke_off[-1].retry_after_s)
-                next_start_s = time.monotonic() + pause_s
-            elif (
+                error = self._broke_off[-1]
+                next_start_s = now_s + manner.backoff.pause_s(seen, error.retry_after_s)
+            if (
                 seen
+                and self._spare
+                and working < workers
                 and self._waiting
-                and working < manner.connections
-                and time.monotonic() >= next_start_s
+                and now_s >= next_start_s
             ):
                 self._start_worker()
+                self._spare -= 1
 
     def _start_worker(self, answer: Answer | None = None) -> None:
         # daemon: a process that is told to stop does not wait for the network
@@ -198,8 +207,11 @@ class ParallelRanges:
                 answer = answer or stack.enter_context(self._ask(span))
                 stack.enter_context(self._interruptible(answer))
                 pace = Pace(self._job.manner)
-                while position < end and not self._stop:
+                while position < end:
                     data = answer.read(min(READ_BYTES, end - position))
+                    if self._stop:
+                        # an interrupted TLS connection may hand out what is still encrypted
+                        return
                     if not data:
                         raise BrokenOffError(f"{answer.label}: the connection broke off")
                     self._job.partial.write(position, data)
@@ -220,7 +232,10 @@ class ParallelRanges:
                 answer = stack.enter_context(
                     self._job.web.get(order.label, self._url, headers, home_url=order.url)
                 )
-            except NotFoundUpstreamError as error:  # where the same was there a moment ago
+            except NotFoundUpstreamError as error:
+                # It was there a moment ago: the address that the origin redirected to may have
+                # expired, and only a new attempt asks for another one.
+                self._spare = 0
                 raise BrokenOffError(f"{error.message} (its first bytes were there)") from error
             if not is_part(answer, span, self._identity):
                 raise FileChangedError(f"{order.label}: the file changes while it is fetched")

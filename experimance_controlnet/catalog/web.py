@@ -83,7 +83,10 @@ class Answer:
             return self._response.read1(most_bytes)
 
     def interrupt(self) -> None:
-        """Make a ``read`` that waits on another thread end at once, in whatever way."""
+        """Make a ``read`` that waits on another thread end at once, in whatever way.
+
+        What any ``read`` returns from now on means nothing.
+        """
         with suppress(ValueError, RuntimeError, OSError):  # it may have ended by itself
             self._response.shutdown()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -39,6 +38,7 @@ from experimance_controlnet.errors import (
     ModelFileError,
     NotFoundUpstreamError,
 )
+from tests.hub import COMMIT, serve_repository
 from tests.origin import Origin, Reply
 from tests.weights import safetensors, sha256
 
@@ -491,30 +491,6 @@ def test_transfers_leave_events_without_secrets(origin: Origin, store: ModelStor
 
 
 # -- the Hugging Face Hub --------------------------------------------------------------------------
-
-
-def git_hash(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-COMMIT = "c0ffee" + "0" * 34
-
-
-def serve_repository(
-    origin: Origin, files: dict[str, bytes], lfs: dict[str, str], commit: str = COMMIT
-) -> None:
-    """The Hub's endpoints for acme/tiny at main; ``lfs`` are the hashes that the Hub states."""
-    siblings: list[dict[str, Any]] = []
-    for name, body in files.items():
-        entry: dict[str, Any] = {"rfilename": name, "size": len(body), "blobId": git_hash(body)}
-        if name in lfs:
-            entry["lfs"] = {"sha256": lfs[name], "size": len(body), "pointerSize": 134}
-        siblings.append(entry)
-        headers, etag = {"X-Repo-Commit": commit}, f'"{sha256(body)[:40]}"'
-        path = f"/acme/tiny/resolve/{commit}/{name}"
-        origin.serve(path, Reply(body=body, headers=headers, etag=etag))
-    info = {"id": "acme/tiny", "sha": commit, "siblings": siblings}
-    origin.serve("/api/models/acme/tiny/revision/main", Reply(body=json.dumps(info).encode()))
 
 
 @pytest.fixture

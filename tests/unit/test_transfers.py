@@ -6,17 +6,19 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import urllib3
 from structlog.testing import capture_logs
 
 from experimance_controlnet.catalog.backoff import Backoff
@@ -34,6 +36,7 @@ from experimance_controlnet.errors import (
     NotFoundUpstreamError,
 )
 from tests.origin import Origin, Reply
+from tests.tls import Proxy, certificate, server_context
 from tests.weights import safetensors, sha256
 
 ROOT = Path(__file__).parents[2]
@@ -552,6 +555,119 @@ def test_no_fault_shows_a_secret(origin: Origin, models: Path) -> None:
     assert [line for line in said.splitlines() if "SECRET" in line] == []
 
 
+# -- encrypted connections -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trusted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def secure(trusted: Path) -> Iterator[Origin]:
+    origin = Origin(server_context(trusted))
+    yield origin
+    origin.close()
+
+
+def run_child(models: Path, source: Source, **variables: str) -> tuple[int, str]:
+    """Exit status, and the last line of what it says."""
+    clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(models), source.uri],
+        cwd=ROOT,
+        env=clean | variables,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    return done.returncode, (done.stderr + done.stdout).splitlines()[-1]
+
+
+def test_https_with_cuts(secure: Origin, store: ModelStore, models: Path, trusted: Path) -> None:
+    whole = Reply(body=WEIGHTS, etag=V1)
+    cut = Reply(body=WEIGHTS, etag=V1, cut_after=STEP // 3)
+    source = secure.serve("/a.safetensors", whole, *[cut] * 5, whole)
+    status, said = run_child(models, source, SSL_CERT_FILE=str(trusted))
+    assert status == 0, said
+    assert Path(said).read_bytes() == WEIGHTS
+    assert store.content_hash(source) == sha256(WEIGHTS)
+
+
+def test_an_authority_that_is_not_trusted(secure: Origin, models: Path) -> None:
+    source = secure.serve("/a.safetensors", Reply(body=WEIGHTS, etag=V1))
+    status, said = run_child(models, source)
+    assert status == 1
+    assert "certificate is not trusted" in said
+    assert secure.asked == []
+
+
+def test_a_proxy_of_the_environment(secure: Origin, models: Path, trusted: Path) -> None:
+    source = secure.serve("/a.safetensors", Reply(body=WEIGHTS, etag=V1))
+    proxy = Proxy(secure.port)
+    moved = Source(source.uri.replace("127.0.0.1", "origin.test"))
+    variables = {"SSL_CERT_FILE": str(trusted), "HTTPS_PROXY": proxy.url}
+    status, said = run_child(models, moved, **variables)
+    proxy.close()
+    assert status == 0, said
+    assert proxy.asked
+    assert all(line.startswith(f"CONNECT origin.test:{secure.port} ") for line in proxy.asked)
+
+
+def test_what_an_interrupted_connection_still_says_is_not_kept(models: Path) -> None:
+    """As TLS does: after the interruption come bytes that were never decrypted."""
+    http = InterruptedHttp()
+    source = Source("https://origin.test/a.safetensors")
+    two = manner(connections=2, range_bytes=SIZE // 2)
+    with pytest.raises(DownloadError, match="answers 418"):
+        ModelStore(models, manner=two, http=http).fetch(source)
+    assert http.interrupted.is_set()
+    note = json.loads(journal(models).read_bytes())
+    (data,) = models.rglob(".partial-*/*.safetensors")
+    content = data.read_bytes()
+    assert note["done"] == [[0, 1000]]
+    assert content[:1000] == WEIGHTS[:1000]
+    assert b"garbage" not in content
+
+
+class InterruptedHttp:
+    """The first answer waits after 1000 bytes until it is interrupted; any other is a 418."""
+
+    def __init__(self) -> None:
+        self.waits = threading.Event()
+        self.interrupted = threading.Event()
+
+    def request(
+        self, method: str, url: str, *, headers: Mapping[str, str], **options: bool
+    ) -> urllib3.BaseHTTPResponse:
+        if "If-Range" in headers:
+            self.waits.wait(WAIT_S)
+            return urllib3.HTTPResponse(b"", status=418, preload_content=False)
+        end = SIZE // 2
+        sent = {"ETag": V1, "Content-Range": f"bytes 0-{end - 1}/{SIZE}"}
+        return InterruptedResponse(self, sent)
+
+    def clear(self) -> None:
+        pass
+
+
+class InterruptedResponse(urllib3.HTTPResponse):
+    def __init__(self, http: InterruptedHttp, headers: Mapping[str, str]) -> None:
+        super().__init__(headers=headers, status=206, preload_content=False)
+        self._http = http
+
+    def read1(self, amt: int | None = None, decode_content: bool | None = None) -> bytes:
+        if not self._http.waits.is_set():
+            self._http.waits.set()
+            return WEIGHTS[:1000]
+        self._http.interrupted.wait(WAIT_S)
+        return b"garbage"
+
+    def shutdown(self) -> None:
+        self._http.interrupted.set()
+
+
 # -- the disk --------------------------------------------------------------------------------------
 
 
@@ -612,15 +728,19 @@ def test_a_file_system_that_takes_no_larger_files(origin: Origin, models: Path) 
     assert [path for path in models.rglob("*") if path.is_file()] == []
 
 
-def test_what_a_partial_holds_counts_as_free(
-    origin: Origin, store: ModelStore, models: Path
-) -> None:
-    """A file that needs all of the disk but its reserve can go on."""
-    source = begin(origin, models)
-    (data,) = models.rglob(".partial-*/*.safetensors")
-    assert data.stat().st_size == SIZE
-    assert data.stat().st_blocks * 512 < SIZE * 3 // 4, "what is missing takes no room"
-    assert source
+def test_what_a_partial_holds_counts_as_free(origin: Origin, small_disk: Path) -> None:
+    """Room for half of the file beyond the reserve: not enough to begin, enough to go on."""
+    models = small_disk / "models"
+    models.mkdir()
+    source = begin(origin, models, Reply(body=WEIGHTS, etag=V1))
+    other = origin.serve("/b.safetensors", Reply(body=WEIGHTS, etag=V1))
+    free_bytes = shutil.disk_usage(small_disk).free
+    with (small_disk / "filler").open("wb") as filler:
+        filler.write(bytes(free_bytes - (256 << 20) - SIZE * 3 // 4))
+    store = ModelStore(models, manner=manner())
+    with pytest.raises(DiskFullError, match="GB free"):
+        store.fetch(other)
+    assert store.fetch(source).read_bytes() == WEIGHTS
 
 
 @pytest.mark.parametrize("link", ["host", "bucket", "partial"])
