@@ -24,6 +24,8 @@ class Reply:
     etag: str | None = None
     changed: str | None = None
     """Date for Last-Modified."""
+    dislikes_conditions: bool = False
+    """With If-Range, all of the file is sent."""
     cut_after: int | None = None
     """Bytes of the answer's body after which the connection breaks."""
     hold: threading.Event | None = None
@@ -158,6 +160,8 @@ def _answer(reply: Reply, asked: Asked) -> tuple[int, bytes, dict[str, str]]:
     }
     span = asked.span
     condition = asked.headers.get("if-range", version)
+    if reply.dislikes_conditions and "if-range" in asked.headers:
+        condition = None
     if reply.status != 200 or version is None or span is None or condition != version:
         return reply.status, reply.body, more
     total = len(reply.body)

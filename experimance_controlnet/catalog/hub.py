@@ -9,6 +9,7 @@ not answer.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -32,6 +33,7 @@ from experimance_controlnet.errors import (
 )
 
 _TIMEOUT_S = 10.0
+_COMMIT = re.compile(r"[0-9a-f]{40,64}", re.ASCII)
 _SAFE_SUFFIXES = (".safetensors", ".json", ".txt")
 
 Fetch = Callable[[Order, Path], str]
@@ -54,7 +56,7 @@ class Repository:
             info = HfApi(endpoint=endpoint).model_info(
                 place.repo, revision=place.revision, files_metadata=True, timeout=_TIMEOUT_S
             )
-        if info.sha is None:
+        if info.sha is None or not _COMMIT.fullmatch(info.sha):  # it becomes a folder's name
             raise DownloadError(f"{self._label}: the Hub does not say which commit it is")
         self.commit = info.sha
         patterns = [place.file] if place.file else files or ["*"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -14,6 +14,7 @@ from experimance_controlnet.catalog.answers import (
     FileChangedError,
     FutileError,
     Part,
+    Whole,
 )
 from experimance_controlnet.catalog.backoff import Backoff
 from experimance_controlnet.catalog.partial import Identity, Partial, Span
@@ -81,15 +82,47 @@ class Pace:
         self._since_s, self._bytes = time.monotonic(), 0
 
 
-def range_headers(span: Span, version: str | None = None) -> dict[str, str]:
-    """Ask for a span, and where ``version`` is given for no other state of the file."""
-    headers = {"Range": f"bytes={span[0]}-{span[1] - 1}"}
-    return headers if version is None else {**headers, "If-Range": version}
+def range_header(span: Span) -> dict[str, str]:
+    """Ask for a span."""
+    return {"Range": f"bytes={span[0]}-{span[1] - 1}"}
 
 
-def is_part(answer: Answer, span: Span, identity: Identity) -> bool:
-    """Whether an answer is just that span of just that state of the file."""
-    return answer.meaning == Part(*span, identity.size_bytes, identity.version)
+class PartRequests:
+    """Asks for parts of one state of a file; ``url`` may be where the origin redirected to."""
+
+    def __init__(self, job: Job, identity: Identity, url: str, conditional: bool = True) -> None:
+        self._job = job
+        self._identity = identity
+        self._url = url
+        self._conditional = conditional
+
+    def at(self, url: str) -> PartRequests:
+        """The same at another address."""
+        return PartRequests(self._job, self._identity, url, self._conditional)
+
+    @contextmanager
+    def get(self, span: Span) -> Iterator[Answer | None]:
+        """The answer that holds just this span; None: the file is not the one that was begun."""
+        if self._conditional:
+            with self._send(span, {"If-Range": self._identity.version}) as answer:
+                if not isinstance(answer.meaning, Whole):
+                    yield answer if self._fits(answer, span) else None
+                    return
+            # the file has changed; or the origin sends all of it whenever there is a condition
+        with self._send(span, {}) as answer:
+            fits = self._fits(answer, span)
+            self._conditional = self._conditional and not fits
+            yield answer if fits else None
+
+    @contextmanager
+    def _send(self, span: Span, condition: Mapping[str, str]) -> Iterator[Answer]:
+        order, headers = self._job.order, {**range_header(span), **condition}
+        with self._job.web.get(order.label, self._url, headers, home_url=order.url) as answer:
+            yield answer
+
+    def _fits(self, answer: Answer, span: Span) -> bool:
+        identity = self._identity
+        return answer.meaning == Part(*span, identity.size_bytes, identity.version)
 
 
 class ParallelRanges:
@@ -99,11 +132,9 @@ class ParallelRanges:
     place after a pause. Only when the last one broke off, that fault is everybody's.
     """
 
-    def __init__(self, job: Job, identity: Identity, spans: Sequence[Span], url: str) -> None:
-        """``url`` is where the redirects of the first answer ended: they are not asked again."""
+    def __init__(self, job: Job, spans: Sequence[Span], requests: PartRequests) -> None:
         self._job = job
-        self._identity = identity
-        self._url = url
+        self._requests = requests
         self._lock = threading.Lock()
         self._waiting = deque(spans)
         self._open: set[Answer] = set()
@@ -225,20 +256,17 @@ class ParallelRanges:
 
     @contextmanager
     def _ask(self, span: Span) -> Iterator[Answer]:
-        order, version = self._job.order, self._identity.version
-        headers = range_headers(span, version)
+        label = self._job.order.label
         with ExitStack() as stack:
             try:
-                answer = stack.enter_context(
-                    self._job.web.get(order.label, self._url, headers, home_url=order.url)
-                )
+                answer = stack.enter_context(self._requests.get(span))
             except NotFoundUpstreamError as error:
                 # It was there a moment ago: the address that the origin redirected to may have
                 # expired, and only a new attempt asks for another one.
                 self._spare = 0
                 raise BrokenOffError(f"{error.message} (its first bytes were there)") from error
-            if not is_part(answer, span, self._identity):
-                raise FileChangedError(f"{order.label}: the file changes while it is fetched")
+            if answer is None:
+                raise FileChangedError(f"{label}: the file changes while it is fetched")
             yield answer
 
     @contextmanager

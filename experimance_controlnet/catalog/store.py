@@ -159,8 +159,8 @@ class ModelStore:
         started_s = time.monotonic()
         try:
             with disk_errors(Path("MODELS_DIR", place.keep_at)):
-                target.parent.mkdir(parents=True, exist_ok=True)
                 partial = _beside(target, self.models_dir)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 lock = partial.with_name(partial.name + ".lock")
                 with file_lock(lock, lambda: log.info("download_awaited")):
                     if (path := self.path(source)) is not None:  # another process has brought it

@@ -26,8 +26,8 @@ from experimance_controlnet.catalog.ranges import (
     Order,
     Pace,
     ParallelRanges,
-    is_part,
-    range_headers,
+    PartRequests,
+    range_header,
 )
 from experimance_controlnet.catalog.web import Answer, Web
 from experimance_controlnet.errors import BadWeightsError, ChecksumMismatchError, DownloadError
@@ -97,13 +97,13 @@ def _resume(job: Job, identity: Identity) -> bool:
     """False: the origin's file is not the one that was begun."""
     order, done_bytes = job.order, job.partial.done_bytes
     spans = job.partial.missing(job.manner.range_bytes)
-    headers = range_headers(spans[0], identity.version)
-    with job.web.get(order.label, order.url, headers) as answer:
-        if is_part(answer, spans[0], identity):
+    requests = PartRequests(job, identity, order.url)
+    with requests.get(spans[0]) as answer:
+        if answer is not None:
             _log.info("download_resumed", uri=order.label, done_bytes=done_bytes)
             _check_length(job, identity.size_bytes)
             job.transfer.begin_file(identity.size_bytes, done_bytes)
-            ParallelRanges(job, identity, spans, answer.url).run(answer)
+            ParallelRanges(job, spans, requests.at(answer.url)).run(answer)
             return True
     _log.warning("download_begins_anew", uri=order.label, reason="the file has changed")
     return False
@@ -111,7 +111,7 @@ def _resume(job: Job, identity: Identity) -> bool:
 
 def _start(job: Job) -> None:
     order = job.order
-    with job.web.get(order.label, order.url, range_headers((0, job.manner.range_bytes))) as answer:
+    with job.web.get(order.label, order.url, range_header((0, job.manner.range_bytes))) as answer:
         meaning = answer.meaning
         if isinstance(meaning, Whole):
             _stream(job, answer, meaning)
@@ -120,7 +120,7 @@ def _start(job: Job) -> None:
             _check_length(job, identity.size_bytes)
             _begin(job, identity)
             spans = [(0, meaning.end), *_rest(job, meaning.end)]
-            ParallelRanges(job, identity, spans, answer.url).run(answer)
+            ParallelRanges(job, spans, PartRequests(job, identity, answer.url)).run(answer)
             return
     # no parts, or none that can safely be put together
     with job.web.get(order.label, order.url, {}) as answer:

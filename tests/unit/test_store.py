@@ -688,6 +688,12 @@ def test_a_name_that_the_hub_cannot_have(hub_store: ModelStore) -> None:
     assert_refused(hub_store, Source("hf://acme/a--b"), DownloadError)
 
 
+@pytest.mark.parametrize("commit", ["../../evil", "", "main"])
+def test_a_commit_that_is_none(origin: Origin, hub_store: ModelStore, commit: str) -> None:
+    serve_repository(origin, REPOSITORY, LFS, commit=commit)
+    assert "commit" in assert_refused(hub_store, Source("hf://acme/tiny"), DownloadError)
+
+
 def test_a_repository_larger_than_the_disk(origin: Origin, hub_store: ModelStore) -> None:
     info = {
         "id": "acme/tiny",
