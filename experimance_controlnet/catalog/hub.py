@@ -23,9 +23,9 @@ from huggingface_hub.hf_api import RepoSibling
 from experimance_controlnet.catalog.answers import BrokenOffError, status_error
 from experimance_controlnet.catalog.disk import check_free_space
 from experimance_controlnet.catalog.hashes import hash_beside, remember_beside
+from experimance_controlnet.catalog.job import Order
 from experimance_controlnet.catalog.location import HubPlace
 from experimance_controlnet.catalog.progress import Transfer
-from experimance_controlnet.catalog.ranges import Order
 from experimance_controlnet.errors import (
     ChecksumMismatchError,
     DownloadError,

@@ -5,124 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 
-from experimance_controlnet.catalog.answers import (
-    BrokenOffError,
-    FileChangedError,
-    FutileError,
-    Part,
-    Whole,
-)
-from experimance_controlnet.catalog.backoff import Backoff
-from experimance_controlnet.catalog.partial import Identity, Partial, Span
-from experimance_controlnet.catalog.progress import Transfer
-from experimance_controlnet.catalog.web import Answer, Web
-from experimance_controlnet.errors import DownloadError, NotFoundUpstreamError
-
-READ_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Manner:
-    """How files are fetched."""
-
-    connections: int = 8
-    range_bytes: int = 32 << 20
-    save_every_s: float = 1.0
-    """A killed process loses what came since; each time is a flush of what was written."""
-    silence_s: float = 30.0
-    """How long an origin may send nothing."""
-    slow_after_s: float = 30.0
-    slow_bytes_per_s: float = 2000.0
-    """A connection that was slower for so long is given up, and another one tried."""
-    backoff: Backoff = field(default_factory=Backoff)
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What to fetch. ``label`` names it in errors; what nobody states is None."""
-
-    label: str
-    url: str
-    size_bytes: int | None = None
-    sha256: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One file on its way."""
-
-    order: Order
-    partial: Partial
-    web: Web
-    transfer: Transfer
-    manner: Manner
-
-
-class Pace:
-    """Notices a connection that delivers, but too little for anybody to wait for."""
-
-    def __init__(self, manner: Manner) -> None:
-        self._manner = manner
-        self._since_s = time.monotonic()
-        self._bytes = 0
-
-    def check(self, label: str, received_bytes: int) -> None:
-        """Count what came. Raises FutileError."""
-        self._bytes += received_bytes
-        elapsed_s = time.monotonic() - self._since_s
-        if elapsed_s < self._manner.slow_after_s:
-            return
-        if self._bytes < self._manner.slow_bytes_per_s * elapsed_s:
-            rate = round(self._bytes / elapsed_s)
-            raise FutileError(f"{label}: the origin sends only {rate} bytes a second")
-        self._since_s, self._bytes = time.monotonic(), 0
-
-
-def range_header(span: Span) -> dict[str, str]:
-    """Ask for a span."""
-    return {"Range": f"bytes={span[0]}-{span[1] - 1}"}
-
-
-class PartRequests:
-    """Asks for parts of one state of a file; ``url`` may be where the origin redirected to."""
-
-    def __init__(self, job: Job, identity: Identity, url: str, conditional: bool = True) -> None:
-        self._job = job
-        self._identity = identity
-        self._url = url
-        self._conditional = conditional
-
-    def at(self, url: str) -> PartRequests:
-        """The same at another address."""
-        return PartRequests(self._job, self._identity, url, self._conditional)
-
-    @contextmanager
-    def get(self, span: Span) -> Iterator[Answer | None]:
-        """The answer that holds just this span; None: the file is not the one that was begun."""
-        if self._conditional:
-            with self._send(span, {"If-Range": self._identity.version}) as answer:
-                if not isinstance(answer.meaning, Whole):
-                    yield answer if self._fits(answer, span) else None
-                    return
-            # the file has changed; or the origin sends all of it whenever there is a condition
-        with self._send(span, {}) as answer:
-            fits = self._fits(answer, span)
-            self._conditional = self._conditional and not fits
-            yield answer if fits else None
-
-    @contextmanager
-    def _send(self, span: Span, condition: Mapping[str, str]) -> Iterator[Answer]:
-        order, headers = self._job.order, {**range_header(span), **condition}
-        with self._job.web.get(order.label, self._url, headers, home_url=order.url) as answer:
-            yield answer
-
-    def _fits(self, answer: Answer, span: Span) -> bool:
-        identity = self._identity
-        return answer.meaning == Part(*span, identity.size_bytes, identity.version)
+from experimance_controlnet.catalog.answers import BrokenOffError, FileChangedError
+from experimance_controlnet.catalog.job import READ_BYTES, Job, Pace
+from experimance_controlnet.catalog.partial import Span
+from experimance_controlnet.catalog.parts import PartRequests
+from experimance_controlnet.catalog.web import Answer
+from experimance_controlnet.errors import NotFoundUpstreamError
 
 
 class ParallelRanges:
@@ -215,12 +106,11 @@ class ParallelRanges:
             while (span := self._take()) is not None:
                 self._bring(span, answer)
                 answer = None
+        except FileChangedError as error:
+            self._fault = error
         except BrokenOffError as error:
-            if isinstance(error, FileChangedError):
-                self._fault = error
-            else:
-                self._broke_off.append(error)
-        except (DownloadError, OSError) as error:
+            self._broke_off.append(error)
+        except Exception as error:  # noqa: BLE001 - the top of this thread: run raises it
             self._fault = error
         finally:
             with self._lock:

@@ -30,6 +30,7 @@ from experimance_controlnet.catalog.hashes import (
     weight_files,
 )
 from experimance_controlnet.catalog.hub import Repository
+from experimance_controlnet.catalog.job import Manner, Order
 from experimance_controlnet.catalog.location import (
     GCS_URL,
     HubPlace,
@@ -40,7 +41,6 @@ from experimance_controlnet.catalog.location import (
 )
 from experimance_controlnet.catalog.lock import file_lock
 from experimance_controlnet.catalog.progress import Progress, Transfer, TransferStatus
-from experimance_controlnet.catalog.ranges import Manner, Order
 from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.catalog.transfer import fetch_file

@@ -17,18 +17,11 @@ from experimance_controlnet.catalog.answers import BrokenOffError, FileChangedEr
 from experimance_controlnet.catalog.backoff import patiently
 from experimance_controlnet.catalog.digest import FollowingHash
 from experimance_controlnet.catalog.disk import check_free_space
+from experimance_controlnet.catalog.job import READ_BYTES, Job, Manner, Order, Pace
 from experimance_controlnet.catalog.partial import Identity, Partial
+from experimance_controlnet.catalog.parts import PartRequests, range_header
 from experimance_controlnet.catalog.progress import Transfer
-from experimance_controlnet.catalog.ranges import (
-    READ_BYTES,
-    Job,
-    Manner,
-    Order,
-    Pace,
-    ParallelRanges,
-    PartRequests,
-    range_header,
-)
+from experimance_controlnet.catalog.ranges import ParallelRanges
 from experimance_controlnet.catalog.web import Answer, Web
 from experimance_controlnet.errors import BadWeightsError, ChecksumMismatchError, DownloadError
 

@@ -22,8 +22,8 @@ from structlog.testing import capture_logs
 from experimance_controlnet import catalog
 from experimance_controlnet.catalog.backoff import Backoff
 from experimance_controlnet.catalog.disk import disk_errors
+from experimance_controlnet.catalog.job import Manner
 from experimance_controlnet.catalog.location import LocalPlace, locate
-from experimance_controlnet.catalog.ranges import Manner
 from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.catalog.store import ModelStore

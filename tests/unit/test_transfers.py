@@ -22,9 +22,9 @@ import urllib3
 from structlog.testing import capture_logs
 
 from experimance_controlnet.catalog.backoff import Backoff
+from experimance_controlnet.catalog.job import Manner
 from experimance_controlnet.catalog.location import locate
 from experimance_controlnet.catalog.progress import Progress, Transfer
-from experimance_controlnet.catalog.ranges import Manner
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.errors import (
@@ -429,7 +429,7 @@ def test_pauses_grow_up_to_a_limit_and_heed_the_origin() -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from experimance_controlnet.catalog.ranges import Manner
+from experimance_controlnet.catalog.job import Manner
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.catalog.store import ModelStore
 store = ModelStore(Path(sys.argv[1]), manner=Manner(range_bytes=65536, save_every_s=0.01))
@@ -519,7 +519,7 @@ import sys, traceback
 from pathlib import Path
 from urllib.parse import urlsplit
 from experimance_controlnet.catalog.backoff import Backoff
-from experimance_controlnet.catalog.ranges import Manner
+from experimance_controlnet.catalog.job import Manner
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.errors import ModelFileError
