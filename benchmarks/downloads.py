@@ -45,6 +45,8 @@ class Row:
     downloader: str
     received_s: float
     """Until the last byte is in the file."""
+    slowest_s: float
+    """The same, of the worst of the repeats."""
     mb_per_s: float
     """Up to then."""
     usable_s: float | None
@@ -191,6 +193,7 @@ def rows_of(
         Row(
             downloader=name,
             received_s=round(seconds, 2),
+            slowest_s=round(max(arrival.received_s for arrival in arrivals[name]), 2),
             mb_per_s=round(size_bytes / seconds / 1e6),
             usable_s=round(usable_s[name], 2) if name in usable_s else None,
             cpu_s=round(statistics.median(cpu_s[name]), 2),
