@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from experimance_controlnet.catalog.answers import BrokenOffError, FileChangedError
-from experimance_controlnet.catalog.job import READ_BYTES, Job, Pace
+from experimance_controlnet.catalog.job import Job
 from experimance_controlnet.catalog.partial import Span
 from experimance_controlnet.catalog.parts import PartRequests
+from experimance_controlnet.catalog.reading import Watchdog
 from experimance_controlnet.catalog.web import Answer
 from experimance_controlnet.errors import NotFoundUpstreamError
 
@@ -28,7 +29,7 @@ class ParallelRanges:
         self._requests = requests
         self._lock = threading.Lock()
         self._waiting = deque(spans)
-        self._open: set[Answer] = set()
+        self._watchdog = Watchdog(job.manner.slow_after_s)
         self._workers: list[threading.Thread] = []
         self._working = 0
         self._spare = 0
@@ -43,13 +44,14 @@ class ParallelRanges:
         """Bring all spans; ``first`` is the answer to a request for the first of them."""
         workers = min(self._job.manner.connections, len(self._waiting))
         self._spare = workers
-        self._start_worker(first)
-        try:
-            for _ in range(workers - 1):
-                self._start_worker()
-            self._watch(workers)
-        finally:
-            self._stop_workers()
+        with self._watchdog:
+            self._start_worker(first)
+            try:
+                for _ in range(workers - 1):
+                    self._start_worker()
+                self._watch(workers)
+            finally:
+                self._stop_workers()
         if not isinstance(self._fault, OSError):
             self._job.partial.save()
         if self._fault is not None:
@@ -94,10 +96,8 @@ class ParallelRanges:
         worker.start()
 
     def _stop_workers(self) -> None:
-        with self._lock:
-            self._stop = True
-            for answer in self._open:
-                answer.interrupt()
+        self._stop = True
+        self._watchdog.interrupt_all()
         for worker in self._workers:
             worker.join()
 
@@ -126,19 +126,14 @@ class ParallelRanges:
         try:
             with ExitStack() as stack:
                 answer = answer or stack.enter_context(self._ask(span))
-                stack.enter_context(self._interruptible(answer))
-                pace = Pace(self._job.manner)
-                while position < end:
-                    data = answer.read(min(READ_BYTES, end - position))
-                    if self._stop:
-                        # an interrupted TLS connection may hand out what is still encrypted
-                        return
+                reading = stack.enter_context(self._watchdog.over(answer))
+                while position < end and not self._stop:
+                    data = reading.read(end - position)
                     if not data:
                         raise BrokenOffError(f"{answer.label}: the connection broke off")
                     self._job.partial.write(position, data)
                     position += len(data)
                     self._job.transfer.add(len(data))
-                    pace.check(answer.label, len(data))
         finally:
             if position < end:
                 with self._lock:
@@ -158,13 +153,3 @@ class ParallelRanges:
             if answer is None:
                 raise FileChangedError(f"{label}: the file changes while it is fetched")
             yield answer
-
-    @contextmanager
-    def _interruptible(self, answer: Answer) -> Iterator[None]:
-        with self._lock:
-            self._open.add(answer)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._open.remove(answer)

@@ -17,11 +17,12 @@ from experimance_controlnet.catalog.answers import BrokenOffError, FileChangedEr
 from experimance_controlnet.catalog.backoff import patiently
 from experimance_controlnet.catalog.digest import FollowingHash
 from experimance_controlnet.catalog.disk import check_free_space
-from experimance_controlnet.catalog.job import READ_BYTES, Job, Manner, Order, Pace
+from experimance_controlnet.catalog.job import Job, Manner, Order
 from experimance_controlnet.catalog.partial import Identity, Partial
 from experimance_controlnet.catalog.parts import PartRequests, range_header
 from experimance_controlnet.catalog.progress import Transfer
 from experimance_controlnet.catalog.ranges import ParallelRanges
+from experimance_controlnet.catalog.reading import Watchdog
 from experimance_controlnet.catalog.web import Answer, Web
 from experimance_controlnet.errors import BadWeightsError, ChecksumMismatchError, DownloadError
 
@@ -138,12 +139,12 @@ def _rest(job: Job, start: int) -> list[tuple[int, int]]:
 def _stream(job: Job, answer: Answer, whole: Whole) -> None:
     _check_length(job, whole.size_bytes)
     _begin(job, None, whole.size_bytes)
-    position, pace = 0, Pace(job.manner)
-    while data := answer.read(READ_BYTES):
-        job.partial.write(position, data)
-        position += len(data)
-        job.transfer.add(len(data))
-        pace.check(answer.label, len(data))
+    position = 0
+    with Watchdog(job.manner.slow_after_s) as watchdog, watchdog.over(answer) as reading:
+        while data := reading.read():
+            job.partial.write(position, data)
+            position += len(data)
+            job.transfer.add(len(data))
     if whole.size_bytes not in (None, position):
         raise BrokenOffError(f"{answer.label}: the connection broke off; check the network")
 

@@ -1,7 +1,7 @@
 """GET over https: redirects by hand, access tokens, proxies; no word of a query or token in errors.
 
-urllib3 and not httpx, because it hands on what the socket had in one piece: for the same gigabytes
-it holds Python's interpreter lock for a tenth of the time, which the engine needs meanwhile.
+urllib3 and not httpx, because it hands on as much at once as it is asked for: for the same gigabytes
+it needs Python's interpreter lock for a quarter of the time, and the engine needs that lock too.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ class Answer:
         self._response = response
 
     def read(self, most_bytes: int) -> bytes:
-        """What has arrived of the body, at least a byte; nothing at its end.
+        """So many bytes of the body, less only where it ends or breaks off, nothing thereafter.
 
         Raises BrokenOffError.
         """
         with _transport_errors(self.label):
-            return self._response.read1(most_bytes)
+            return self._response.read(most_bytes)
 
     def interrupt(self) -> None:
         """Make a ``read`` that waits on another thread end at once, in whatever way.
