@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import threading
 
 from experimance_controlnet.catalog.partial import Partial
 
-_READ_BYTES = 1 << 20
-_NICENESS = 10
+_READ_BYTES = 16 << 20
+"""Between two pieces the thread needs Python's interpreter lock, for which it waits while another
+imports the model libraries: so they are large."""
 
 
 class FollowingHash:
@@ -39,10 +39,6 @@ class FollowingHash:
         self._thread.join()
 
     def _follow(self) -> None:
-        if sys.platform == "linux":  # where a thread can have a priority of its own
-            # Cores first for what brings the bytes, and for the engine: on two cores a file is
-            # there in half the time, and hashed no later.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         generation, position = 0, 0
         buffer = memoryview(bytearray(_READ_BYTES))
         while True:
