@@ -1,7 +1,7 @@
 """GET over https: redirects by hand, access tokens, proxies; no word of a query or token in errors.
 
-urllib3 and not httpx, because it hands on as much at once as it is asked for: for the same gigabytes
-it needs Python's interpreter lock for a quarter of the time, and the engine needs that lock too.
+urllib3 and not httpx, because it hands on as much at once as it is asked for: for the same
+gigabytes it needs Python's interpreter lock for a quarter of the time. The engine needs it too.
 """
 
 from __future__ import annotations

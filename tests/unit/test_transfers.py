@@ -896,8 +896,8 @@ def test_nothing_stays_open(origin: Origin, models: Path) -> None:
 
     fetch("first")  # what is made once for the process: authorities, the Hub's client
     until(lambda: origin.open_connections == 0)
+    time.sleep(0.2)  # and the threads of those have ended
     files, threads = process.num_fds(), threading.active_count()
     fetch("second")
-    until(lambda: origin.open_connections == 0)
-    assert process.num_fds() == files
-    assert threading.active_count() == threads
+    # at least in the end: the origin is in this process too
+    until(lambda: process.num_fds() <= files and threading.active_count() <= threads)
