@@ -287,6 +287,15 @@ class ModelActionResponse(BaseModel):
     loaded_models: list[str]
 
 
+class DownloadStatus(BaseModel):
+    """A transfer that runs."""
+
+    name: str = Field(description="Where it will be, below MODELS_DIR.")
+    done_bytes: int = Field(description="On disk, those of an earlier transfer included.")
+    total_bytes: int | None = Field(description="Null as long as the origin has not said it.")
+    bytes_per_s: float = Field(description="Of the last seconds.")
+
+
 ServerStatus = Literal["starting", "loading_models", "ready", "draining", "error"]
 
 
@@ -302,6 +311,9 @@ class HealthResponse(BaseModel):
     queue_depth: int = Field(description="Images accepted and not yet finished.")
     queue_workload: float = Field(description="Workload units of those.")
     last_error: str | None
+    downloads: list[DownloadStatus] = Field(
+        default_factory=list, description="The transfers of model files that run."
+    )
     device: str = Field(
         description="Its name; MODEL_DEVICE in the first seconds, while the engine starts."
     )

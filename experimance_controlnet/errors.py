@@ -12,7 +12,9 @@
     ├── ModelFileError             weights that are missing, broken or not to be trusted
     │   ├── DownloadError
     │   │   └── NotFoundUpstreamError   the origin answers that the file does not exist
+    │   │       └── AccessDeniedError   or that it may not be read
     │   ├── BadWeightsError
+    │   │   └── ChecksumMismatchError   whole, but not the file that the catalogue means
     │   └── DiskFullError
     ├── UnavailableError           not now; worth another try later
     │   ├── QueueFullError
@@ -96,15 +98,30 @@ class DownloadError(ModelFileError):
 
 
 class NotFoundUpstreamError(DownloadError):
-    """The origin of a file says that it does not exist or may not be read."""
+    """The origin of a file says that it does not exist."""
 
     code = "not_found_upstream"
+
+
+class AccessDeniedError(NotFoundUpstreamError):
+    """The origin of a file wants an access token, or does not accept the one it got.
+
+    Some origins answer so for files that do not exist, hence the base.
+    """
+
+    code = "access_denied"
 
 
 class BadWeightsError(ModelFileError):
     """A file that is not safetensors, is damaged, or does not fit the model."""
 
     code = "bad_weights"
+
+
+class ChecksumMismatchError(BadWeightsError):
+    """The content that an origin sent is not what the catalogue, or the origin, says it is."""
+
+    code = "checksum_mismatch"
 
 
 class DiskFullError(ModelFileError):

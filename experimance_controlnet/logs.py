@@ -18,7 +18,9 @@ from structlog.types import EventDict, Processor, WrappedLogger
 FILE_BYTES = 20 * 1024 * 1024
 FILES_KEPT = 5
 # What they say at info is about every connection or file, with the addresses in full.
-_TALKATIVE = ("httpx", "httpcore", "urllib3", "filelock", "huggingface_hub", "PIL", "asyncio")
+_TALKATIVE = ("httpx", "httpcore", "filelock", "huggingface_hub", "PIL", "asyncio")
+# What these say as a warning can hold an address with its query, and so a token.
+_INDISCREET = ("urllib3",)
 
 
 def configure_logging(level: str, model_log: Path, console: TextIO = sys.stderr) -> None:
@@ -52,6 +54,8 @@ def configure_logging(level: str, model_log: Path, console: TextIO = sys.stderr)
     logging.captureWarnings(True)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in _INDISCREET:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def errors_log(model_log: Path) -> Path:

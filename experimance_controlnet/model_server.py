@@ -30,6 +30,7 @@ import structlog
 from experimance_controlnet.catalog.registry import load_catalog
 from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.catalog.store import ModelStore
+from experimance_controlnet.catalog.web import tokens_of
 from experimance_controlnet.engine.runner import Runner
 from experimance_controlnet.errors import CatalogError, SettingsError
 from experimance_controlnet.logs import configure_logging
@@ -110,7 +111,7 @@ def _serve(settings: Settings, catalog: Catalog, listener: socket.socket) -> int
 
     if settings.model_device != "cpu":
         compile_in_background(settings.precision)  # goes on beside the imports that follow
-    store = ModelStore(settings.models_dir)
+    store = ModelStore(settings.models_dir, tokens=tokens_of(os.environ))
     make = partial(_make_runner, settings, catalog, store)
     runner = LateRunner(make, settings.model_device, settings.precision, settings.memory_tier)
     engine = Engine(

@@ -20,7 +20,8 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
     if needed_bytes + _SPARE_BYTES > free_bytes:
         raise DiskFullError(
             f"the disk of MODELS_DIR has {free_bytes / 1e9:.1f} GB free; "
-            f"a download needs {(needed_bytes + _SPARE_BYTES) / 1e9:.1f} GB"
+            f"a download needs {(needed_bytes + _SPARE_BYTES) / 1e9:.1f} GB: remove what is not "
+            "needed, or set MODELS_DIR to a larger disk"
         )
 
 
@@ -31,8 +32,9 @@ def disk_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         message = f"cannot write {target}: {error.strerror}"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise (DiskFullError if full else ModelFileError)(message) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"{message}: remove what is not needed") from error
+        raise ModelFileError(message) from error
 
 
 def flush(path: Path) -> None:

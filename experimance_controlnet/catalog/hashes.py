@@ -48,6 +48,15 @@ def remember_beside(path: Path, digest: str) -> None:
     side_file(path).write_text(f"{digest} {_state(path)}\n")
 
 
+def hash_beside(path: Path) -> str | None:
+    """The hash that is remembered beside a file, if it is of the file as it is now."""
+    beside = side_file(path)
+    if not beside.is_file():
+        return None
+    digest, _, state = beside.read_text().strip().partition(" ")
+    return digest if state == _state(path) else None
+
+
 class ContentHashes:
     """The hashes that were asked for, each valid as long as its file does not change."""
 
@@ -67,7 +76,7 @@ class ContentHashes:
 
     def _of_file(self, path: Path, keep_beside: bool) -> str:
         key = _key(path)
-        digest = self._known.get(key) or (_read_beside(path) if keep_beside else None)
+        digest = self._known.get(key) or (hash_beside(path) if keep_beside else None)
         if digest is None:
             digest = hash_file(path)
             unchanged = _key(path) == key  # what was replaced meanwhile is not what was hashed
@@ -140,11 +149,3 @@ def _state(path: Path) -> str:
     stat = path.stat()
     # whole seconds: images and archives do not keep more
     return f"{stat.st_size}-{int(stat.st_mtime)}"
-
-
-def _read_beside(path: Path) -> str | None:
-    beside = side_file(path)
-    if not beside.is_file():
-        return None
-    digest, _, state = beside.read_text().strip().partition(" ")
-    return digest if state == _state(path) else None

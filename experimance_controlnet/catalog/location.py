@@ -3,6 +3,7 @@
 Downloads keep a readable place below MODELS_DIR that no URI can leave::
 
     https://HOST/a/b.safetensors    HOST/a/b.safetensors
+    gs://bucket/a/b.safetensors     storage.googleapis.com/bucket/a/b.safetensors
     hf://owner/repo                 huggingface.co/owner/repo@main[.HASH of ``files``]
     hf://owner/repo/f.safetensors   huggingface.co/owner/repo@main.files/f.safetensors
 """
@@ -19,10 +20,13 @@ from urllib.parse import quote, unquote, urlsplit
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.errors import CatalogError
 
+GCS_URL = "https://storage.googleapis.com"
+"""Where the objects of Google's buckets are, each as ``/BUCKET/OBJECT``."""
 _EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _SEGMENT = re.compile(r"[A-Za-z0-9_.~+%@(),;=:-]{1,200}")
+_GCS_URI = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/(.+)", re.ASCII)
 _HUB_URI = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([\w./-]+))?", re.ASCII)
 
 
@@ -62,10 +66,14 @@ def locate(source: Source) -> LocalPlace | WebFile | HubPlace:
         return LocalPlace(_EMBEDDED_FOLDER.joinpath(*_segments(uri.removeprefix("package:"))))
     if uri.startswith("hf://"):
         return _locate_on_hub(source)
+    if uri.startswith("gs://"):
+        return _locate_in_bucket(uri)
     if uri.startswith(("https://", "http://")):
         return _locate_on_web(uri)
     if _SCHEME.match(uri):
-        raise CatalogError("must be package:NAME, https://..., hf://owner/repo or a local path")
+        raise CatalogError(
+            "must be package:NAME, https://..., gs://bucket/object, hf://owner/repo or a local path"
+        )
     return LocalPlace(Path(uri))
 
 
@@ -99,6 +107,13 @@ def _locate_on_web(uri: str) -> WebFile:
         name += ".safetensors"
     place = host.replace(":", "_") + (f"_{port}" if port else "")
     return WebFile(uri, PurePosixPath(*_segments(place), *folders, name))
+
+
+def _locate_in_bucket(uri: str) -> WebFile:
+    match = _GCS_URI.fullmatch(uri)
+    if match is None:
+        raise CatalogError("must look like gs://bucket/object")
+    return _locate_on_web(f"{GCS_URL}/{match[1]}/{quote(match[2])}")
 
 
 def _locate_on_hub(source: Source) -> HubPlace:

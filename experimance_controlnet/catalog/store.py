@@ -1,8 +1,9 @@
 """Where model files are on this disk, and how they get there.
 
 A final name below MODELS_DIR appears only by an atomic rename of a complete, checked transfer, so
-what exists there is whole. What a transfer left behind when the process was killed is in
-``.partial-*`` folders.
+what exists there is whole. What is on its way is in a folder ``.partial-NAME`` beside it, with
+``.partial-NAME.lock`` as long as some process works on it. The folder of a transfer that was cut
+off or killed stays, and the next one goes on with it; nothing else ever reads it.
 """
 
 from __future__ import annotations
@@ -11,63 +12,82 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
 
-import httpx
 import structlog
+from huggingface_hub import constants, get_token
 
+from experimance_controlnet.catalog.backoff import patiently
 from experimance_controlnet.catalog.disk import disk_errors, flush
-from experimance_controlnet.catalog.download import BrokenOffError, download_file
 from experimance_controlnet.catalog.hashes import (
     ContentHashes,
     remember_beside,
     side_file,
     weight_files,
 )
-from experimance_controlnet.catalog.hub import download_from_hub
+from experimance_controlnet.catalog.hub import Repository
+from experimance_controlnet.catalog.job import Manner, Order
 from experimance_controlnet.catalog.location import (
+    GCS_URL,
     HubPlace,
     LocalPlace,
     WebFile,
     locate,
     without_query,
 )
+from experimance_controlnet.catalog.lock import file_lock
+from experimance_controlnet.catalog.progress import Progress, Transfer, TransferStatus
 from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.catalog.specs import Source
-from experimance_controlnet.errors import BadWeightsError, ModelFileError
+from experimance_controlnet.catalog.transfer import fetch_file
+from experimance_controlnet.catalog.web import Http, Web
+from experimance_controlnet.errors import (
+    BadWeightsError,
+    ChecksumMismatchError,
+    DownloadError,
+    ModelFileError,
+)
 
 _log = structlog.get_logger()
 
 
 class ModelStore:
-    """The model files of one MODELS_DIR; safe to use from many threads.
+    """The model files of one MODELS_DIR; safe to use from many threads, and by many processes.
 
-    ``hub_endpoint`` replaces https://huggingface.co. ``retry_delays_s`` are the pauses before
-    each further try after a fault that may pass.
+    ``tokens`` are access tokens by host, see ``web.Web``; that of the Hugging Face Hub is found by
+    its library. ``hub_endpoint`` and ``gcs_endpoint`` replace https://huggingface.co and
+    https://storage.googleapis.com, ``http`` the connections.
     """
 
     def __init__(
         self,
         models_dir: Path,
         *,
-        client: httpx.Client | None = None,
+        tokens: Mapping[str, str] | None = None,
         hub_endpoint: str | None = None,
-        retry_delays_s: Sequence[float] = (1.0, 4.0, 16.0),
+        gcs_endpoint: str | None = None,
+        http: Http | None = None,
+        manner: Manner | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.models_dir = models_dir
-        # transfers are rare: no idle connections, so nothing that has to be closed
-        self._client = client or httpx.Client(
-            timeout=httpx.Timeout(30.0, connect=10.0),
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
+        self._tokens = dict(tokens or {})
         self._hub_endpoint = hub_endpoint
-        self._retry_delays_s = tuple(retry_delays_s)
+        self._gcs_endpoint = gcs_endpoint
+        self._http = http
+        self._manner = manner or Manner()
+        self._progress = progress or Progress()
         self._hashes = ContentHashes()
         self._lock = threading.Lock()
         self._running: dict[Source, Future[Path]] = {}
+
+    def downloads(self) -> list[TransferStatus]:
+        """How far the transfers are that this process runs at the moment."""
+        return self._progress.running()
 
     def is_remote(self, source: Source) -> bool:
         """Whether the source comes over the network."""
@@ -136,11 +156,17 @@ class ModelStore:
             )
         target = self.models_dir / place.keep_at
         log = _log.bind(uri=without_query(source.uri))
-        log.info("download_started", size_bytes=source.size_bytes)
         started_s = time.monotonic()
         try:
             with disk_errors(Path("MODELS_DIR", place.keep_at)):
-                size_bytes = self._bring(place, source, target)
+                partial = _beside(target, self.models_dir)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                lock = partial.with_name(partial.name + ".lock")
+                with file_lock(lock, lambda: log.info("download_awaited")):
+                    if (path := self.path(source)) is not None:  # another process has brought it
+                        return path
+                    log.info("download_started", size_bytes=source.size_bytes)
+                    size_bytes = self._bring(place, source, target, partial)
         except ModelFileError as error:
             seconds = round(time.monotonic() - started_s, 3)
             log.error("download_failed", code=error.code, reason=error.message, seconds=seconds)
@@ -149,42 +175,95 @@ class ModelStore:
         log.info("download_finished", size_bytes=size_bytes, seconds=seconds)
         return target
 
-    def _bring(self, place: WebFile | HubPlace, source: Source, target: Path) -> int:
+    def _bring(self, place: WebFile | HubPlace, source: Source, target: Path, partial: Path) -> int:
         """Transfer, check, and only then give it its name; returns its size in bytes."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent, prefix=".partial-") as partial:
-            staged = self._pull_patiently(place, source, Path(partial))
+        try:
+            with self._progress.transfer(str(place.keep_at)) as transfer:
+                staged = self._pull(place, source, partial, transfer)
             _check(source, staged)
-            entries = [staged, *staged.rglob("*")]
-            for entry in entries:
-                flush(entry)
-            size_bytes = sum(entry.stat().st_size for entry in entries if entry.is_file())
-            os.replace(staged, target)
-            if target.is_file():
-                os.replace(side_file(staged), side_file(target))
+        except DownloadError:  # what came is of use for the next time
+            if not any(path.is_file() for path in partial.rglob("*")):
+                _remove(partial)
+            raise
+        except (ModelFileError, OSError):
+            _remove(partial)
+            raise
+        entries = [staged, *staged.rglob("*")]
+        for entry in entries:
+            flush(entry)
+        size_bytes = sum(entry.stat().st_size for entry in entries if entry.is_file())
+        os.replace(staged, target)
+        if target.is_file():
+            os.replace(side_file(staged), side_file(target))
         flush(target.parent)
+        _remove(partial)
         return size_bytes
 
-    def _pull_patiently(self, place: WebFile | HubPlace, source: Source, folder: Path) -> Path:
-        for delay_s in self._retry_delays_s:
-            try:
-                return self._pull(place, source, folder)
-            except BrokenOffError as error:
-                _log.warning("download_interrupted", reason=error.message, retry_in_s=delay_s)
-                time.sleep(delay_s)
-        return self._pull(place, source, folder)
+    def _pull(
+        self, place: WebFile | HubPlace, source: Source, partial: Path, transfer: Transfer
+    ) -> Path:
+        """Returns the file or folder in ``partial``, weights hashed."""
+        tokens = dict(self._tokens)
+        hub_host = urlsplit(self._hub_endpoint or constants.ENDPOINT).netloc
+        if (token := get_token()) is not None:
+            tokens[hub_host] = token
+        with closing(Web(tokens, self._http, silence_s=self._manner.silence_s)) as web:
+            if isinstance(place, WebFile):
+                staged = partial / place.keep_at.name
+                order = Order(
+                    without_query(source.uri), self._url(place), source.size_bytes, source.sha256
+                )
+                digest = fetch_file(order, staged, web, transfer, self._manner)
+                remember_beside(staged, digest)
+                return staged
 
-    def _pull(self, place: WebFile | HubPlace, source: Source, folder: Path) -> Path:
-        """One attempt; returns the file or folder in ``folder``, weights hashed."""
-        if isinstance(place, WebFile):
-            staged = folder / place.keep_at.name
-            digest = download_file(self._client, place.url, staged, source.size_bytes)
-            remember_beside(staged, digest)
-            return staged
-        snapshot = folder / "snapshot"
-        download_from_hub(place, snapshot, files=source.files, endpoint=self._hub_endpoint)
-        shutil.rmtree(snapshot / ".cache")  # the library's notes
-        return snapshot / place.file if place.file else snapshot
+            def fetch(order: Order, path: Path) -> str:
+                own = _beside(path, partial)
+                digest = fetch_file(order, own / path.name, web, transfer, self._manner)
+                os.replace(own / path.name, path)
+                shutil.rmtree(own)
+                return digest
+
+            repository = patiently(
+                lambda: Repository(place, source.files, self._hub_endpoint),
+                self._manner.backoff,
+                lambda: 0,
+            )
+            snapshot = partial / repository.commit
+            _keep_only(snapshot)
+            repository.download(snapshot, fetch, transfer)
+            return snapshot / place.file if place.file else snapshot
+
+    def _url(self, place: WebFile) -> str:
+        if self._gcs_endpoint is not None and place.url.startswith(GCS_URL + "/"):
+            return self._gcs_endpoint + place.url.removeprefix(GCS_URL)
+        return place.url
+
+
+def _beside(path: Path, top: Path) -> Path:
+    """Where a file or folder is while it arrives. Raises ModelFileError where that is not below
+    ``top``: links could lead a transfer into a folder that is somebody else's.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    if not partial.resolve().is_relative_to(top.resolve()):
+        raise ModelFileError(
+            f"{path.name} would be written outside MODELS_DIR: a folder on its way there is a "
+            "symbolic link; remove the link, or set MODELS_DIR to the folder itself"
+        )
+    return partial
+
+
+def _remove(partial: Path) -> None:
+    if partial.exists():
+        shutil.rmtree(partial)
+
+
+def _keep_only(snapshot: Path) -> None:
+    """Make the folder of a commit; what was begun of other commits goes."""
+    snapshot.mkdir(parents=True, exist_ok=True)
+    for other in snapshot.parent.iterdir():
+        if other != snapshot:
+            shutil.rmtree(other)
 
 
 def _check(source: Source, staged: Path) -> None:
@@ -195,4 +274,7 @@ def _check(source: Source, staged: Path) -> None:
         raise BadWeightsError(f"{uri} does not have the length that the catalogue states")
     digest = ContentHashes().of(staged, keep_beside=True)  # remembered when it was pulled
     if source.sha256 is not None and source.sha256 != digest:
-        raise BadWeightsError(f"{uri} does not have the sha256 that the catalogue states")
+        raise ChecksumMismatchError(
+            f"{uri} does not have the sha256 that the catalogue states: fetch it again, or correct "
+            "the catalogue"
+        )

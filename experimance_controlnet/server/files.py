@@ -18,6 +18,7 @@ import structlog
 
 from experimance_controlnet.catalog.hashes import HashNotes
 from experimance_controlnet.catalog.page_cache import read_ahead
+from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.errors import NotFoundUpstreamError
 
@@ -36,6 +37,7 @@ class Store(Protocol):
     def path(self, source: Source) -> Path | None: ...
     def fetch(self, source: Source) -> Any: ...
     def content_hash(self, source: Source) -> str | None: ...
+    def downloads(self) -> list[TransferStatus]: ...
 
 
 class ModelFiles:
@@ -74,6 +76,10 @@ class ModelFiles:
         """The sources that do not exist, by the word of their origins."""
         now = self._clock()
         return {source for source, until in self._absent_until_s.items() if now < until}
+
+    def downloads(self) -> list[TransferStatus]:
+        """How far the transfers are that run."""
+        return self._store.downloads()
 
     async def read_ahead(self, sources: Sequence[Source]) -> None:
         """Bring those that are on this disk into the page cache, as far as half of the free memory

@@ -32,6 +32,7 @@ STATUS: Mapping[type[errors.WorkerError], int] = {
     errors.InvalidRequestError: 422,
     errors.ModelFileError: 500,
     errors.DownloadError: 502,
+    errors.ChecksumMismatchError: 502,
     errors.DiskFullError: 507,
     errors.UnavailableError: 503,
     errors.QueueFullError: 429,

@@ -6,6 +6,7 @@ import time
 
 from experimance_controlnet import __version__
 from experimance_controlnet.data_types import (
+    DownloadStatus,
     HealthResponse,
     ModelInfo,
     ModelsResponse,
@@ -37,6 +38,15 @@ def health_of(services: Services) -> HealthResponse:
         queue_depth=engine.queue_depth,
         queue_workload=round(engine.queue_workload, 3),
         last_error=engine.last_error or problem,
+        downloads=[
+            DownloadStatus(
+                name=transfer.name,
+                done_bytes=transfer.done_bytes,
+                total_bytes=transfer.total_bytes,
+                bytes_per_s=round(transfer.bytes_per_s, 1),
+            )
+            for transfer in services.files.downloads()
+        ],
         device=services.engine.device_name,
         precision=services.engine.precision,
         memory_tier=services.engine.memory_tier,

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.catalog.specs import (
     AdapterUse,
     Catalog,
@@ -76,6 +77,7 @@ class FakeStore:
     hashed: list[Source] = field(default_factory=list)
     may_hash: threading.Event = field(default_factory=threading.Event)
     """Hashing ends when it is set, as it is at first."""
+    running: list[TransferStatus] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.may_hash.set()
@@ -98,6 +100,9 @@ class FakeStore:
         self.hashed.append(source)
         assert self.may_hash.wait(WAIT_S)
         return f"hash of {source.uri}"
+
+    def downloads(self) -> list[TransferStatus]:
+        return list(self.running)
 
     def lacks(self, name: str, error: Exception | None = None) -> None:
         """That file has to be fetched, which fails where an error is given."""

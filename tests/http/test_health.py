@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from experimance_controlnet import __version__
+from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.data_types import HealthResponse
 from experimance_controlnet.engine.fake import FakeRunner
 from experimance_controlnet.engine.request import GenerationRequest
@@ -33,6 +34,16 @@ def test_health_when_all_is_well(server: RunningServer, path: str) -> None:
     assert (health.device, health.version) == ("fake", __version__)
     assert health.precision == "fp32"
     assert health.memory_usage.ram_mb > 10
+
+
+def test_health_names_the_transfers_that_run(start_server: StartServer) -> None:
+    store = FakeStore()
+    server = start_server(store=store)
+    assert server.client.get("/checkhealth").json()["downloads"] == []
+    store.running.append(TransferStatus("host/a.safetensors", 10, None, 2.04))
+    assert server.client.get("/checkhealth").json()["downloads"] == [
+        {"name": "host/a.safetensors", "done_bytes": 10, "total_bytes": None, "bytes_per_s": 2.0}
+    ]
 
 
 def test_health_and_ping_do_not_wait_for_the_device(start_server: StartServer) -> None:

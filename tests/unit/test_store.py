@@ -2,125 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import itertools
 import json
 import pickle
 import struct
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+import urllib3
 from structlog.testing import capture_logs
 
 from experimance_controlnet import catalog
+from experimance_controlnet.catalog.backoff import Backoff
 from experimance_controlnet.catalog.disk import disk_errors
+from experimance_controlnet.catalog.job import Manner
 from experimance_controlnet.catalog.location import LocalPlace, locate
 from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.catalog.store import ModelStore
+from experimance_controlnet.catalog.web import tokens_of
 from experimance_controlnet.errors import (
+    AccessDeniedError,
     BadWeightsError,
     CatalogError,
+    ChecksumMismatchError,
     DiskFullError,
     DownloadError,
     ModelFileError,
     NotFoundUpstreamError,
 )
-
-
-def safetensors(values: int = 64, fill: bytes = b"\1") -> bytes:
-    """A valid file with one uint8 tensor."""
-    header = {"w": {"dtype": "U8", "shape": [values], "data_offsets": [0, values]}}
-    encoded = json.dumps(header).encode()
-    return struct.pack("<Q", len(encoded)) + encoded + fill * values
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
+from tests.hub import COMMIT, serve_repository
+from tests.origin import Origin, Reply
+from tests.weights import safetensors, sha256
 
 WEIGHTS = safetensors()
-
-
-@dataclass
-class Reply:
-    status: int = 200
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
-    cut_after: int | None = None
-    """Bytes of the body after which the connection breaks."""
-    hold: threading.Event | None = None
-    """Half of the body is sent, the rest when this is set."""
-
-
-class Origin:
-    """An HTTP server with a script: the replies of each path in turn, the last one for ever."""
-
-    def __init__(self) -> None:
-        self.replies: dict[str, list[Reply]] = {}
-        self.requests: list[str] = []
-        origin = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
-                origin.requests.append(path)
-                script = origin.replies.get(path, [Reply(404)])
-                reply = script.pop(0) if len(script) > 1 else script[0]
-                headers = {"Content-Length": str(len(reply.body)), **reply.headers}
-                self.send_response(reply.status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.send_body(reply)
-
-            def send_body(self, reply: Reply) -> None:
-                body = reply.body[: reply.cut_after]
-                half = len(body) // 2
-                self.wfile.write(body[:half])
-                self.wfile.flush()
-                if reply.hold is not None:
-                    reply.hold.wait(10)
-                self.wfile.write(body[half:])
-
-            def do_HEAD(self) -> None:
-                reply = origin.replies.get(self.path, [Reply(404)])[0]
-                self.send_response(reply.status)
-                for name, value in reply.headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(reply.body)))
-                self.end_headers()
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-        self.port = self._server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def serve(self, path: str, *replies: Reply) -> Source:
-        self.replies[path] = list(replies)
-        return Source(self.url + path)
-
-    def close(self) -> None:
-        for reply in itertools.chain(*self.replies.values()):
-            if reply.hold is not None:
-                reply.hold.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+IMPATIENT = Manner(backoff=Backoff(tries=3, first_s=0.0))
 
 
 @pytest.fixture
@@ -132,7 +55,29 @@ def origin() -> Iterator[Origin]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ModelStore:
-    return ModelStore(tmp_path / "models", retry_delays_s=(0.0, 0.0))
+    return ModelStore(tmp_path / "models", manner=IMPATIENT)
+
+
+class ScriptedHttp:
+    """Answers of hosts that are not on this machine: by URL, a status and headers.
+
+    The body of a 200 is WEIGHTS.
+    """
+
+    def __init__(self, script: dict[str, tuple[int, dict[str, str]]]) -> None:
+        self._script = script
+        self.asked: list[tuple[str, Mapping[str, str]]] = []
+
+    def request(
+        self, method: str, url: str, *, headers: Mapping[str, str], **options: bool
+    ) -> urllib3.BaseHTTPResponse:
+        self.asked.append((url, headers))
+        status, sent = self._script[url]
+        body = io.BytesIO(WEIGHTS if status == 200 else b"")
+        return urllib3.HTTPResponse(body, sent, status, preload_content=False)
+
+    def clear(self) -> None:
+        pass
 
 
 def leftovers(store_folder: Path) -> list[Path]:
@@ -199,13 +144,22 @@ def test_nothing_has_the_final_name_before_the_end(origin: Origin, store: ModelS
         assert transfer.result() == store.path(source)
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 410])
+@pytest.mark.parametrize(
+    ("status", "error", "advice"),
+    [
+        (401, AccessDeniedError, "token"),
+        (403, AccessDeniedError, "token"),
+        (404, NotFoundUpstreamError, "check its address"),
+        (410, NotFoundUpstreamError, "check its address"),
+    ],
+)
 def test_what_the_origin_does_not_give_is_not_asked_for_again(
-    origin: Origin, store: ModelStore, status: int
+    origin: Origin, store: ModelStore, status: int, error: type[Exception], advice: str
 ) -> None:
     source = origin.serve("/a.safetensors", Reply(status))
-    message = assert_refused(store, source, NotFoundUpstreamError)
-    assert message == f"{source.uri}: the origin answers {status}"
+    message = assert_refused(store, source, error)
+    assert message.startswith(f"{source.uri}: the origin answers {status}: ")
+    assert advice in message
     assert len(origin.requests) == 1
 
 
@@ -237,18 +191,15 @@ def test_a_wrong_length_is_seen_before_the_transfer(origin: Origin, store: Model
 
 
 def test_a_wrong_length_that_the_origin_did_not_announce(tmp_path: Path) -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, stream=httpx.ByteStream(WEIGHTS))
-
-    store = ModelStore(tmp_path, client=httpx.Client(transport=httpx.MockTransport(answer)))
-    source = Source("https://origin.test/a.safetensors", size_bytes=7)
+    store = ModelStore(tmp_path, http=ScriptedHttp({"https://origin.test/a": (200, {})}))
+    source = Source("https://origin.test/a", size_bytes=7)
     assert "length" in assert_refused(store, source, BadWeightsError)
 
 
 def test_a_flipped_byte_is_found_by_the_hash(origin: Origin, store: ModelStore) -> None:
     damaged = WEIGHTS[:-1] + b"\0"
     uri = origin.serve("/a.safetensors", Reply(body=damaged)).uri
-    message = assert_refused(store, Source(uri, sha256=sha256(WEIGHTS)), BadWeightsError)
+    message = assert_refused(store, Source(uri, sha256=sha256(WEIGHTS)), ChecksumMismatchError)
     assert "sha256" in message
     assert len(origin.requests) == 1
 
@@ -308,31 +259,50 @@ def test_redirects_end(origin: Origin, store: ModelStore) -> None:
         ("https://origin.test/a", "http://origin.test/a"),
         ("https://origin.test/a", "http://127.0.0.1/a"),
         ("https://origin.test/a", "ftp://origin.test/a"),
+        ("https://origin.test/a", "file:///etc/passwd"),
+        ("https://origin.test/a", "https://user:word@origin.test/a"),
         ("http://127.0.0.1/a", "http://origin.test/a"),
         ("http://127.0.0.1/a", "http://169.254.169.254/a"),
     ],
 )
 def test_no_redirect_leaves_https(tmp_path: Path, start: str, location: str) -> None:
-    asked: list[str] = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(str(request.url))
-        return httpx.Response(302, headers={"Location": location})
-
-    client = httpx.Client(transport=httpx.MockTransport(answer), follow_redirects=True)
-    store = ModelStore(tmp_path, client=client)
+    http = ScriptedHttp({start: (302, {"Location": location})})
+    store = ModelStore(tmp_path, http=http)
     assert "redirects away from https" in assert_refused(store, Source(start), DownloadError)
-    assert asked == [start]
+    assert [url for url, _ in http.asked] == [start]
 
 
-def test_a_redirect_to_another_https_host_is_followed(tmp_path: Path) -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        if request.url.host == "origin.test":
-            return httpx.Response(302, headers={"Location": "https://cdn.test/signed?key=1"})
-        return httpx.Response(200, stream=httpx.ByteStream(WEIGHTS))
+def test_a_redirect_that_is_not_a_url(tmp_path: Path) -> None:
+    store = ModelStore(
+        tmp_path,
+        http=ScriptedHttp({"https://origin.test/a": (302, {"Location": "https://[::1/a"})}),
+    )
+    assert "not a URL" in assert_refused(store, Source("https://origin.test/a"), DownloadError)
 
-    store = ModelStore(tmp_path, client=httpx.Client(transport=httpx.MockTransport(answer)))
-    assert store.fetch(Source("https://origin.test/a")).read_bytes() == WEIGHTS
+
+def test_a_token_is_for_its_own_host_only(tmp_path: Path) -> None:
+    first, second, third = (
+        "https://civitai.com/api/download/models/7",
+        "https://civitai.com/signed",
+        "https://cdn.test/signed?key=1",
+    )
+    http = ScriptedHttp(
+        {
+            first: (307, {"Location": "/signed"}),
+            second: (307, {"Location": third}),
+            third: (200, {}),
+        }
+    )
+    tokens = {**tokens_of({"CIVITAI_TOKEN": "SECRET"}), "cdn.test": "ANOTHER"}
+    store = ModelStore(tmp_path, http=http, tokens=tokens)
+    assert store.fetch(Source(first)).read_bytes() == WEIGHTS
+    assert [url for url, _ in http.asked] == [first, second, third]
+    sent = [headers.get("Authorization") for _, headers in http.asked]
+    assert sent == ["Bearer SECRET", "Bearer SECRET", None]
+
+
+def test_no_token_no_header() -> None:
+    assert tokens_of({}) == tokens_of({"CIVITAI_TOKEN": " "}) == {}
 
 
 @pytest.mark.parametrize("path", ["/../../evil.safetensors", "/a/%2e%2e/evil.safetensors"])
@@ -522,26 +492,10 @@ def test_transfers_leave_events_without_secrets(origin: Origin, store: ModelStor
 
 # -- the Hugging Face Hub --------------------------------------------------------------------------
 
-COMMIT = "c0ffee" + "0" * 34
-
-
-def serve_repository(origin: Origin, files: dict[str, bytes], lfs: dict[str, str]) -> None:
-    """The Hub's endpoints for acme/tiny at main; ``lfs`` are the hashes that the Hub states."""
-    siblings: list[dict[str, Any]] = []
-    for name, body in files.items():
-        entry: dict[str, Any] = {"rfilename": name, "size": len(body), "blobId": "0" * 40}
-        if name in lfs:
-            entry["lfs"] = {"sha256": lfs[name], "size": len(body), "pointerSize": 134}
-        siblings.append(entry)
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(body)[:40]}"'}
-        origin.serve(f"/acme/tiny/resolve/{COMMIT}/{name}", Reply(body=body, headers=headers))
-    info = {"id": "acme/tiny", "sha": COMMIT, "siblings": siblings}
-    origin.serve("/api/models/acme/tiny/revision/main", Reply(body=json.dumps(info).encode()))
-
 
 @pytest.fixture
 def hub_store(origin: Origin, tmp_path: Path) -> ModelStore:
-    return ModelStore(tmp_path / "models", hub_endpoint=origin.url, retry_delays_s=(0.0, 0.0))
+    return ModelStore(tmp_path / "models", hub_endpoint=origin.url, manner=IMPATIENT)
 
 
 REPOSITORY = {
@@ -649,6 +603,69 @@ def test_a_byte_flipped_on_the_way_from_the_hub(origin: Origin, hub_store: Model
     assert "unet/w.fp16.safetensors" in message
 
 
+def test_a_text_that_was_damaged_on_the_way_from_the_hub(
+    origin: Origin, hub_store: ModelStore
+) -> None:
+    serve_repository(origin, REPOSITORY, LFS)
+    origin.serve(f"/acme/tiny/resolve/{COMMIT}/unet/config.json", Reply(body=b"[]"))
+    message = assert_refused(hub_store, Source("hf://acme/tiny"), ChecksumMismatchError)
+    assert "unet/config.json" in message
+
+
+def cut_in_the_last_file(origin: Origin, models: Path) -> Source:
+    """A transfer that ended when a third of the last file was there."""
+    path = f"/acme/tiny/resolve/{COMMIT}/unet/w.fp16.safetensors"
+    whole = origin.replies[path][0]
+    origin.serve(path, replace(whole, cut_after=len(whole.body) // 3), Reply(503))
+    source = Source("hf://acme/tiny")
+    with pytest.raises(DownloadError):
+        ModelStore(models, hub_endpoint=origin.url, manner=IMPATIENT).fetch(source)
+    origin.serve(path, whole)
+    origin.asked.clear()
+    return source
+
+
+def test_a_cut_repository_goes_on_in_the_middle_of_a_file(
+    origin: Origin, hub_store: ModelStore, tmp_path: Path
+) -> None:
+    serve_repository(origin, REPOSITORY, LFS)
+    source = cut_in_the_last_file(origin, tmp_path / "models")
+    folder = hub_store.fetch(source)
+    assert (folder / "unet/w.fp16.safetensors").read_bytes() == WEIGHTS
+    assert [asked.span for asked in origin.asked] == [None, (len(WEIGHTS) // 3, len(WEIGHTS))]
+    assert list((tmp_path / "models").rglob(".partial-*")) == []
+
+
+def test_a_repository_that_went_on_to_another_commit(
+    origin: Origin, hub_store: ModelStore, tmp_path: Path
+) -> None:
+    serve_repository(origin, REPOSITORY, LFS)
+    source = cut_in_the_last_file(origin, tmp_path / "models")
+    newer = {"unet/w.safetensors": safetensors(66)}
+    hashes = {name: sha256(body) for name, body in newer.items()}
+    serve_repository(origin, newer, hashes, commit="d0" * 20)
+    folder = hub_store.fetch(source)
+    assert names_in(folder) == {"unet/w.safetensors", "unet/w.safetensors.sha256"}
+    assert (folder / "unet/w.safetensors").read_bytes() == safetensors(66)
+    assert list((tmp_path / "models").rglob(".partial-*")) == []
+
+
+def test_the_hub_gets_its_own_token(
+    origin: Origin, hub_store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
+    serve_repository(origin, {"a.json": b"{}"}, {})
+    elsewhere = Origin()
+    elsewhere.serve("/a.json", Reply(body=b"{}"))
+    moved = Reply(302, headers={"Location": f"{elsewhere.url}/a.json"})
+    origin.serve(f"/acme/tiny/resolve/{COMMIT}/a.json", moved)
+    hub_store.fetch(Source("hf://acme/tiny"))
+    elsewhere.close()
+    sent = [asked.headers.get("authorization") for asked in origin.asked]
+    assert sent == ["Bearer hf_SECRET"] * 2
+    assert [asked.headers.get("authorization") for asked in elsewhere.asked] == [None]
+
+
 def test_a_pickle_in_a_repository(origin: Origin, hub_store: ModelStore) -> None:
     body = pickle.dumps(list(range(99)))
     serve_repository(origin, {"a.safetensors": body}, {"a.safetensors": sha256(body)})
@@ -669,6 +686,12 @@ def test_a_hub_that_is_not_there(origin: Origin, hub_store: ModelStore) -> None:
 
 def test_a_name_that_the_hub_cannot_have(hub_store: ModelStore) -> None:
     assert_refused(hub_store, Source("hf://acme/a--b"), DownloadError)
+
+
+@pytest.mark.parametrize("commit", ["../../evil", "", "main"])
+def test_a_commit_that_is_none(origin: Origin, hub_store: ModelStore, commit: str) -> None:
+    serve_repository(origin, REPOSITORY, LFS, commit=commit)
+    assert "commit" in assert_refused(hub_store, Source("hf://acme/tiny"), DownloadError)
 
 
 def test_a_repository_larger_than_the_disk(origin: Origin, hub_store: ModelStore) -> None:

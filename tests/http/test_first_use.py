@@ -1,0 +1,83 @@
+"""An empty disk: the first requests bring the model files, from origins on the loopback."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+import experimance_controlnet
+from tests.http.process import READY_S, launcher
+from tests.hub import serve_folder
+from tests.origin import Origin, Reply
+
+EMBEDDED = Path(experimance_controlnet.__file__).parent / "catalog" / "embedded"
+LORA = EMBEDDED / "loras" / "experimance.safetensors"
+REQUESTS = 20
+
+CATALOG = """
+[models.lightning]
+steps = 1
+cfg = 1.0
+scheduler = "euler"
+source = { uri = "hf://acme/lightning" }
+base_source = { uri = "hf://acme/base" }
+[models.lightning.scheduler_config]
+beta_schedule = "scaled_linear"
+beta_start = 0.00085
+beta_end = 0.012
+
+[controlnets.sdxl_small]
+source = { uri = "hf://acme/controlnet" }
+
+[loras.experimance]
+source = { uri = "URL/experimance.safetensors" }
+"""
+
+
+def test_twenty_first_requests_share_the_transfers(tmp_path: Path) -> None:
+    origin = Origin()
+    for name in ("lightning", "base", "controlnet"):
+        serve_folder(origin, f"acme/{name}", EMBEDDED / name)
+    lora = Reply(body=LORA.read_bytes(), etag='"1"', drip_s=0.05)
+    origin.serve("/experimance.safetensors", lora)
+    catalog = tmp_path / "acme.toml"
+    catalog.write_text(CATALOG.replace("URL", origin.url))
+    variables = {
+        "MODEL_CATALOG": str(catalog),
+        "PRELOAD_MODEL": "none",
+        "HF_ENDPOINT": origin.url,
+        "REQUEST_TIMEOUT_S": str(READY_S),
+    }
+    with launcher(tmp_path) as launch:
+        server = launch(**variables)
+        server.until(lambda: server.status() != "silent")
+
+        def ask(seed: int) -> int:
+            body = {"prompt": "hills", "era": "experimance", "mock_depth": True, "seed": seed}
+            body |= {"width": 256, "height": 256}
+            return httpx.post(f"{server.url}/generate", json=body, timeout=READY_S).status_code
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            statuses = list(pool.map(ask, range(REQUESTS)))
+        assert statuses == [200] * REQUESTS, server.console.read_text()
+        events = server.events()
+    origin.close()
+    started = [event["uri"] for event in events if event["event"] == "download_started"]
+    assert sorted(started) == [
+        "hf://acme/base",
+        "hf://acme/controlnet",
+        "hf://acme/lightning",
+        f"{origin.url}/experimance.safetensors",
+    ]
+    bodies = {path: replies[0].body for path, replies in origin.replies.items()}
+    asked = set(origin.requests) & set(bodies)  # the Hub's library asks for more, and gets a 404
+    assert len(asked) > 10
+    assert origin.sent_bytes == sum(len(bodies[path]) for path in asked), "each byte once"
+    models = tmp_path / "models"
+    assert [path for path in models.rglob("*") if "partial" in path.name] == []
+    place = models / f"127.0.0.1_{origin.port}" / "experimance.safetensors"
+    assert place.read_bytes() == LORA.read_bytes()
+    assert json.dumps(events).count("download_failed") == 0
