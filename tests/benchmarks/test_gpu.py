@@ -16,7 +16,7 @@ QUICK = (
     *("--concurrency", "2", "--throughput-s", "1"),
     *("--quality-seeds", "1", "--reference-seeds", "1"),
 )
-ONLY_ON_A_GPU = {"peak_vram_gb"}
+ONLY_ON_A_GPU = {"peak_vram_gb", "l6_8gb_latency_ms"}
 SKIPPED = {"ratio_vs_compile"}
 
 
@@ -34,7 +34,7 @@ def test_every_part_is_measured_and_the_picture_is_right(tmp_path: Path) -> None
 
     assert set(measured["peers"]) == {"eager", "peft_adapters"}
     expected = {"verify", "vae", "switch", "latency", "throughput", "quality", "cold"}
-    expected |= {"cold_single_file"}
+    expected |= {"memory", "cold_single_file"}
     assert set(measured["fp16"]) == expected
     for part in (*measured["peers"].values(), *measured["fp16"].values()):
         assert part["run"]["command"].startswith("python -m benchmarks.gpu --tiny")
@@ -50,6 +50,12 @@ def test_every_part_is_measured_and_the_picture_is_right(tmp_path: Path) -> None
     assert figures["unet_relative_error"] < 1e-4
     assert figures["psnr_db"] > 60
     assert measured["fp16"]["quality"]["plain"]["contrast"] > 5
+
+    # without limits, in every tier: the same picture, where none is so large that it has tiles
+    tiers = measured["fp16"]["memory"]
+    assert {"resident", "parked", "minimal"} == set(tiers) - {"run"}
+    assert all(tiers[tier]["tier"] == tier for tier in set(tiers) - {"run"})
+    assert tiers["parked"]["psnr_db"] == 99
 
 
 def test_fp8_beside_fp16(tmp_path: Path) -> None:
