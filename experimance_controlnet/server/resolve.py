@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from experimance_controlnet.catalog.entries import model_sources
 from experimance_controlnet.catalog.specs import (
     AdapterUse,
     Catalog,
@@ -159,11 +160,6 @@ def make_plan(
             adapters=len(adapters),
         ),
     )
-
-
-def model_sources(model: ModelSpec) -> tuple[Source, ...]:
-    """What a model alone needs on this disk."""
-    return (model.source,) if model.base_source is None else (model.source, model.base_source)
 
 
 def era_names(catalog: Catalog) -> list[str]:

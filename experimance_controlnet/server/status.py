@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from experimance_controlnet import __version__
+from experimance_controlnet.catalog.entries import model_sources
 from experimance_controlnet.data_types import (
     DownloadStatus,
     HealthResponse,
@@ -14,7 +15,7 @@ from experimance_controlnet.data_types import (
 )
 from experimance_controlnet.engine.engine import EngineHealth
 from experimance_controlnet.engine.schedulers import SCHEDULER_NAMES
-from experimance_controlnet.server.resolve import era_names, model_sources
+from experimance_controlnet.server.resolve import era_names
 from experimance_controlnet.server.services import Services
 
 
