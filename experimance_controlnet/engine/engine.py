@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
@@ -179,6 +179,19 @@ class Engine:
             queue_workload=sum(ticket.request.workload for ticket in tickets),
             last_error=self._last_error,
         )
+
+    def holds(self, kind: Literal["model", "controlnet", "lora"], name: str) -> bool:
+        """Whether it is in memory: of a LoRA, for one of the models that are. A snapshot."""
+        models = self._runner.loaded_models
+        if kind == "model":
+            return name in models
+        if kind == "controlnet":
+            return self._runner.has(Asset(kind, name, name))
+        for model in models:
+            with contextlib.suppress(KeyError):  # that model leaves at this moment
+                if self._runner.has(Asset(kind, name, model)):
+                    return True
+        return False
 
     def model_loads(self) -> dict[str, LoadTotal]:
         """How often each model was read, and how long that took."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
 
+from experimance_controlnet.catalog.inventory import Found
 from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.catalog.specs import Source
-from experimance_controlnet.errors import NotFoundUpstreamError
+from experimance_controlnet.errors import ModelFileError, NotFoundUpstreamError
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ class Store(Protocol):
     """What is needed of ``catalog.store.ModelStore``; its docstrings say what each raises."""
 
     def path(self, source: Source) -> Any: ...
+    def glance(self, source: Source) -> Found | None: ...
     def fetch(self, source: Source) -> Any: ...
     def content_hash(self, source: Source) -> str | None: ...
     def downloads(self) -> list[TransferStatus]: ...
@@ -39,6 +41,7 @@ class ModelFiles:
         self._clock = clock
         self._transfers: dict[Source, asyncio.Task[None]] = {}
         self._absent_until_s: dict[Source, float] = {}
+        self._faults: dict[Source, str] = {}
         self._hashes: dict[Source, asyncio.Task[str | None]] = {}
 
     async def ensure(self, sources: Iterable[Source]) -> None:
@@ -52,11 +55,16 @@ class ModelFiles:
         # shielded: a transfer goes on for others when one who waits gives up
         await asyncio.gather(*(asyncio.shield(self._transfer(source)) for source in missing))
 
-    async def on_disk(self, wanted: Mapping[str, Sequence[Source]]) -> dict[str, bool]:
-        """By key, whether all of its sources are on this disk."""
-        return await in_daemon_thread(
-            lambda: {key: not self._missing(sources) for key, sources in wanted.items()}
-        )
+    async def found(self, sources: Iterable[Source]) -> dict[Source, Found]:
+        """What is on this disk; reads no weights."""
+        wanted = set(sources)
+        found = await in_daemon_thread(lambda: {one: self._store.glance(one) for one in wanted})
+        return {source: one for source, one in found.items() if one is not None}
+
+    @property
+    def faults(self) -> Mapping[Source, str]:
+        """Why the last transfer of a source failed, where it did."""
+        return self._faults
 
     @property
     def absent(self) -> Collection[Source]:
@@ -99,9 +107,12 @@ class ModelFiles:
     async def _fetch(self, source: Source) -> None:
         try:
             await in_daemon_thread(lambda: self._store.fetch(source))
-        except NotFoundUpstreamError:
-            self._absent_until_s[source] = self._clock() + ABSENT_FOR_S
+        except ModelFileError as error:
+            self._faults[source] = error.message
+            if isinstance(error, NotFoundUpstreamError):
+                self._absent_until_s[source] = self._clock() + ABSENT_FOR_S
             raise
+        self._faults.pop(source, None)
 
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:

@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from experimance_controlnet.catalog.inventory import Found
 from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.catalog.specs import (
     AdapterUse,
@@ -71,12 +73,18 @@ class FakeStore:
 
     missing: set[Source] = field(default_factory=set)
     faults: dict[Source, Exception] = field(default_factory=dict)
+    hashes: dict[Source, str] = field(default_factory=dict)
+    """Those that are known without reading."""
     fetch_s: float = 0.0
     fetched: list[Source] = field(default_factory=list)
     running: list[TransferStatus] = field(default_factory=list)
 
     def path(self, source: Source) -> str | None:
         return None if source in self.missing else source.uri
+
+    def glance(self, source: Source) -> Found | None:
+        path = self.path(source)
+        return None if path is None else Found(Path(path), len(path), self.hashes.get(source))
 
     def fetch(self, source: Source) -> str:
         self.fetched.append(source)
