@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,29 @@ def load_catalog(which: str) -> Catalog:
 
 def parse_catalog(content: bytes, path: Path) -> Catalog:
     """The catalogue that ``content`` would be as the file ``path``; raises as load_catalog does."""
-    try:
-        tables = tomllib.loads(content.decode())
-        head = HeadRow.model_validate({key: tables.pop(key) for key in _HEAD & tables.keys()})
-        rows = CatalogRows.model_validate(_extended(head, tables), context=path.parent.absolute())
+    with _faults_of(path):
+        rows = CatalogRows.model_validate(_tables(content), context=path.parent.absolute())
         _check_references(rows)
+    return rows.record(path.stem)
+
+
+def merged_tables(content: bytes, path: Path) -> dict[str, Any]:
+    """The tables of a file and of what it extends, not yet checked; raises as load_catalog does."""
+    with _faults_of(path):
+        return _tables(content)
+
+
+def _tables(content: bytes) -> dict[str, Any]:
+    tables = tomllib.loads(content.decode())
+    head = HeadRow.model_validate({key: tables.pop(key) for key in _HEAD & tables.keys()})
+    return _extended(head, tables)
+
+
+@contextmanager
+def _faults_of(path: Path) -> Iterator[None]:
+    """Name the file in every error."""
+    try:
+        yield
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CatalogError(f"{path}: not TOML: {error}") from error
     except RecursionError as error:  # the library's parser calls itself
@@ -64,7 +83,6 @@ def parse_catalog(content: bytes, path: Path) -> Catalog:
         raise CatalogError(f"{path}: {_first_fault(error)}") from error
     except CatalogError as error:
         raise CatalogError(f"{path}: {error.message}") from error
-    return rows.record(path.stem)
 
 
 def _extended(head: HeadRow, own: dict[str, Any]) -> dict[str, Any]:

@@ -282,6 +282,6 @@ def test_what_the_launcher_says(
 
 def test_what_the_launcher_does_not_import() -> None:
     """Torch takes seconds."""
-    code = "import sys, experimance_controlnet.cli; print('torch' in sys.modules)"
+    code = "import sys, experimance_controlnet.model_server; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True)
     assert ended.stdout.strip() == b"False"
