@@ -20,7 +20,13 @@ from experimance_controlnet.commands.context import (
     Context,
     complain,
 )
-from experimance_controlnet.errors import CatalogError, SettingsError, UnknownNameError, WorkerError
+from experimance_controlnet.errors import (
+    CatalogError,
+    ModelFileError,
+    SettingsError,
+    UnknownNameError,
+    WorkerError,
+)
 from experimance_controlnet.folders import default_models_dir
 
 _PROG = "controlnet-worker models"
@@ -44,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except OSError as error:
-        complain(WorkerError(f"{error.filename or 'the disk'}: {error.strerror or error}"))
+        complain(ModelFileError(f"{error.filename or 'the disk'}: {error.strerror or error}"))
         return FAILURE
     except KeyboardInterrupt:
         print("controlnet-worker: interrupted; a fetch goes on where it stopped", file=sys.stderr)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from experimance_controlnet.catalog.location import locate
+from experimance_controlnet.catalog.location import LocalPlace, locate
 from experimance_controlnet.catalog.registry import load_catalog
 from experimance_controlnet.catalog.specs import AdapterUse, Catalog, Source
 from experimance_controlnet.errors import CatalogError
@@ -455,6 +458,8 @@ BAD_URIS = [
     "https://example.org/../a.safetensors",
     "https://example.org/a/%2E%2e/b.safetensors",
     "https://example.org//a.safetensors",
+    "https://example.org/.partial-a.safetensors",
+    "hf://owner/repo/.removed-x/a.safetensors",
     "https://example.org/",
     "https://../a.safetensors",
     "https:///a.safetensors",
@@ -491,3 +496,43 @@ def test_sources_that_no_catalogue_may_hold(tmp_path: Path, uri: str) -> None:
 def test_those_sources_have_no_place_either(uri: str) -> None:
     with pytest.raises(CatalogError):
         locate(Source(uri))
+
+
+FRAGMENTS = [
+    *("https://", "http://", "hf://", "gs://", "package:", "file:", "example.org", "localhost"),
+    *("owner", "repo", "a.safetensors", "b", ".", "..", "...", "%2e", "%2E%2e", "%00", "%2f", "\0"),
+    *(
+        "/",
+        "//",
+        "\\",
+        "@",
+        "@main",
+        "@../x",
+        "?",
+        "?a=..",
+        "#",
+        ":",
+        ":80",
+        "~",
+        "~root",
+        " ",
+        "\n",
+    ),
+    *("[::1]", "\u2024\u2024", "\uff0e\uff0e", ".safetensors", ".partial-a"),
+]
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=9).map("".join))
+def test_whatever_a_source_says_it_stays_in_its_folder(uri: str) -> None:
+    try:
+        place = locate(Source(uri))
+    except CatalogError:
+        return
+    if isinstance(place, LocalPlace):  # the operator's own file: nothing is written there
+        assert not uri.startswith(("https://", "http://", "hf://", "gs://", "file:"))
+        return
+    kept = os.path.normpath(Path("/models", place.keep_at))
+    assert len(Path(kept).relative_to("/models").parts) >= 2, "at least a host and a name"
+    assert kept == str(Path("/models", place.keep_at)), "nothing in it means another folder"
+    assert "\0" not in kept
