@@ -83,8 +83,9 @@ class FakeStore:
         return None if source in self.missing else source.uri
 
     def glance(self, source: Source) -> Found | None:
-        path = self.path(source)
-        return None if path is None else Found(Path(path), len(path), self.hashes.get(source))
+        if self.path(source) is None:
+            return None
+        return Found(Path(source.uri), len(source.uri), self.hashes.get(source))
 
     def fetch(self, source: Source) -> str:
         self.fetched.append(source)
