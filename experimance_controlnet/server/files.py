@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from experimance_controlnet.catalog.inventory import Found
@@ -56,10 +57,10 @@ class ModelFiles:
         await asyncio.gather(*(asyncio.shield(self._transfer(source)) for source in missing))
 
     async def found(self, sources: Iterable[Source]) -> dict[Source, Found]:
-        """What is on this disk; reads no weights."""
+        """What is on this disk, with the hashes that are known by now; reads no weights."""
         wanted = set(sources)
         found = await in_daemon_thread(lambda: {one: self._store.glance(one) for one in wanted})
-        return {source: one for source, one in found.items() if one is not None}
+        return {source: self._with_hash(source, one) for source, one in found.items() if one}
 
     @property
     def faults(self) -> Mapping[Source, str]:
@@ -84,6 +85,13 @@ class ModelFiles:
             task = self._hashes[source] = asyncio.ensure_future(work)
             task.add_done_callback(lambda done: self._keep_hash(source, done))
         return await asyncio.shield(task)
+
+    def _with_hash(self, source: Source, found: Found) -> Found:
+        task = self._hashes.get(source)
+        if found.sha256 is not None or task is None or not task.done():
+            return found
+        usable = not task.cancelled() and task.exception() is None
+        return replace(found, sha256=task.result()) if usable else found
 
     def _missing(self, sources: Iterable[Source]) -> list[Source]:
         return [source for source in dict.fromkeys(sources) if self._store.path(source) is None]

@@ -131,10 +131,11 @@ def test_models_says_where_everything_is(start_server: StartServer) -> None:
     server = start_server(store=store)
     server.client.post("/preload", params={"model_name": "hyper"})
     models = server.client.get("/models").json()
+    hyper_hash = f"hash of {source('hyper').uri}"
     keys = ("steps", "cfg", "scheduler", "on_disk", "in_memory", "sha256")
     assert {name: tuple(info[key] for key in keys) for name, info in models["models"].items()} == {
         "lightning": (6, 2.0, "euler", False, False, "ab" * 32),  # its base is not there
-        "hyper": (8, 6.0, "euler", True, True, None),
+        "hyper": (8, 6.0, "euler", True, True, hyper_hash),  # computed when it was loaded
         "base": (20, 7.5, "dpm_sde", False, False, None),
     }
     assert models["models"]["base"]["size_bytes"] is None
@@ -146,7 +147,7 @@ def test_models_says_where_everything_is(start_server: StartServer) -> None:
         "on_disk": True,
         "in_memory": True,
         "size_bytes": len(source("hyper").uri),
-        "sha256": None,
+        "sha256": hyper_hash,
         "unavailable": None,
     }
     assert models["loras"]["drone"] == {
