@@ -6,9 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import structlog
@@ -28,60 +26,50 @@ _NEWS = ("download_awaited", "download_resumed", "download_begins_anew")
 """What a bar does not show."""
 
 
-class TransferBars(AbstractContextManager["TransferBars"]):
-    """Fetches with a bar for each transfer."""
+class TransferBars:
+    """Fetches with a bar for each transfer, which goes when it ends: results have stdout alone."""
 
     def __init__(self, store: ModelStore) -> None:
         self.console = Console(stderr=True, highlight=False)
         self._store = store
-        self._tasks: dict[str, TaskID] = {}
-        self._progress = Progress(
+
+    def fetch(self, source: Source) -> Path:
+        """Block until it is on this disk; raises as ``ModelStore.fetch`` does."""
+        future = _on_a_daemon(lambda: self._store.fetch(source))
+        tasks: dict[str, TaskID] = {}
+        with self._progress() as progress:
+            while not future.done():
+                _show(progress, tasks, self._store.downloads())
+                try:
+                    future.exception(timeout=_LOOK_EVERY_S)
+                except TimeoutError:
+                    continue
+        return future.result()
+
+    def _progress(self) -> Progress:
+        return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(),
             TextColumn("{task.fields[rate]}"),
             console=self.console,
+            transient=True,
+            redirect_stdout=False,
             disable=not self.console.is_terminal,
         )
 
-    def __enter__(self) -> TransferBars:
-        self._progress.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def fetch(self, source: Source) -> Path:
-        """Block until it is on this disk; raises as ``ModelStore.fetch`` does."""
-        future = _on_a_daemon(lambda: self._store.fetch(source))
-        while not future.done():
-            self._show()
-            try:
-                future.exception(timeout=_LOOK_EVERY_S)
-            except TimeoutError:
-                continue
-        self._end_all()
-        return future.result()
-
-    def _show(self) -> None:
-        for now in self._store.downloads():
-            task = self._tasks.get(now.name)
-            if task is None:
-                description = escape(now.name.rpartition("/")[2])
-                task = self._tasks[now.name] = self._progress.add_task(description, rate="")
-            self._progress.update(
-                task, total=now.total_bytes, completed=now.done_bytes, rate=_rate_text(now)
-            )
-
-    def _end_all(self) -> None:
-        for task in self._tasks.values():
-            self._progress.remove_task(task)
-        self._tasks.clear()
+def _show(progress: Progress, tasks: dict[str, TaskID], running: list[TransferStatus]) -> None:
+    for now in running:
+        if now.name not in tasks:
+            description = escape(now.name.rpartition("/")[2])
+            tasks[now.name] = progress.add_task(description, rate="")
+        progress.update(
+            tasks[now.name],
+            total=now.total_bytes,
+            completed=now.done_bytes,
+            rate=_rate_text(now),
+        )
 
 
 def show_events(console: Console) -> None:

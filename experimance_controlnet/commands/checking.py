@@ -84,6 +84,7 @@ def _show(rows: list[dict[str, Any]], missing: list[Entry]) -> None:
     table = Table("file", "size", "sha256", "compared with", "state", box=box.SIMPLE_HEAD)
     for column in table.columns:
         column.overflow = "fold"
+        column.no_wrap = column.header != "file"
     for row in rows:
         table.add_row(*map(Text, _cells(row)))
     console = output()

@@ -22,15 +22,15 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
         raise SettingsError("name the entries to fetch, or say --all")
     entries = context.entries() if arguments.all else context.select(arguments.names)
     store = ModelStore(context.models_dir, tokens=tokens_of(os.environ))
+    bars = TransferBars(store)
+    show_events(bars.console)
+    fetcher = _Fetcher(bars)
     rows = []
-    with TransferBars(store) as bars:
-        show_events(bars.console)
-        fetcher = _Fetcher(bars)
-        for entry in entries:
-            rows.append(row := fetcher.fetch(entry))
-            if not context.as_json and row["error"] is None:
-                which = " (its alternative)" if row["alternative"] else ""
-                print(f"{entry.full_name}{which}: on disk")
+    for entry in entries:
+        rows.append(row := fetcher.fetch(entry))
+        if not context.as_json and row["error"] is None:
+            which = " (its alternative)" if row["alternative"] else ""
+            print(f"{entry.full_name}{which}: on disk")
     if context.as_json:
         print_json({"models_dir": str(context.models_dir), "entries": rows})
     return OK if all(row["error"] is None for row in rows) else FAILURE

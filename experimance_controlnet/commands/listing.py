@@ -38,6 +38,7 @@ def run(context: Context, arguments: argparse.Namespace) -> int:
     table = Table("entry", "on disk", "size", "sha256", "settings", "from", box=box.SIMPLE_HEAD)
     for column in table.columns:
         column.overflow = "fold"
+        column.no_wrap = column.header in ("entry", "on disk", "size", "sha256")
     for entry in entries:
         table.add_row(*map(Text, _cells(entry, context.catalog, found)))
     console = output()
