@@ -30,9 +30,8 @@ def why_unusable(folder: Path) -> str | None:
     return None
 
 
-def default_models_dir() -> Path:
+def default_models_dir(wanted: Path = DEFAULT_MODELS_DIR, per_user: Path | None = None) -> Path:
     """The folder that the server uses where MODELS_DIR is not set. Creates nothing."""
-    candidates = (DEFAULT_MODELS_DIR, *DEFAULT_MODELS_DIR.parents)
-    nearest = next(folder for folder in candidates if folder.exists())
+    nearest = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
     usable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-    return DEFAULT_MODELS_DIR if usable else per_user_folder() / "models"
+    return wanted if usable else (per_user or per_user_folder()) / "models"

@@ -56,6 +56,9 @@ def test_twenty_first_requests_share_the_transfers(tmp_path: Path) -> None:
     with launcher(tmp_path) as launch:
         server = launch(**variables)
         server.until(lambda: server.status() != "silent")
+        empty = httpx.get(f"{server.url}/models", timeout=READY_S).json()  # while it starts
+        for info in (empty["models"]["lightning"], empty["loras"]["experimance"]):
+            assert (info["on_disk"], info["in_memory"], info["sha256"]) == (False, False, None)
 
         def ask(seed: int) -> int:
             body = {"prompt": "hills", "era": "experimance", "mock_depth": True, "seed": seed}
