@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from experimance_controlnet.defaults import DEFAULT_CONTROLNET, DEFAULT_MODEL
+
 SchedulerName = Literal[
     "auto", "euler", "dpm_sde", "euler_a", "dpm_multi", "dpm_single", "ddim", "lcm"
 ]
@@ -72,7 +74,7 @@ class ControlNetGenerateData(_FromClient):
         "grey or colour; up to 8192 pixels a side, 4096 x 4096 in all; near is bright.",
     )
     mock_depth: bool = Field(False, description="Without a depth map, draw a radial one.")
-    model: Name = Field("lightning", description="A model of the catalogue.")
+    model: Name = Field(DEFAULT_MODEL, description="A model of the catalogue.")
     era: Name | None = Field(None, description="An era, or a LoRA name, of the catalogue.")
     loras: list[LoraUse] = Field(
         default_factory=list,
@@ -102,7 +104,7 @@ class ControlNetGenerateData(_FromClient):
     response_format: ResponseFormat = Field(
         "json", description="`binary`: the body is the image, the metadata travels in headers."
     )
-    controlnet: Name = Field("sdxl_small", description="A ControlNet of the catalogue.")
+    controlnet: Name = Field(DEFAULT_CONTROLNET, description="A ControlNet of the catalogue.")
     use_jpeg: bool | None = Field(
         None, description="Older spelling of output_format: true is jpeg, false is png."
     )

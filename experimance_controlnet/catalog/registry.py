@@ -26,10 +26,9 @@ from experimance_controlnet.catalog.schema import (
     SourceRow,
 )
 from experimance_controlnet.catalog.specs import Catalog
-from experimance_controlnet.data_types import ControlNetGenerateData
+from experimance_controlnet.defaults import DEFAULT_CONTROLNET
 from experimance_controlnet.errors import CatalogError
 
-DEFAULT_CONTROLNET: str = ControlNetGenerateData.model_fields["controlnet"].default
 _HEAD = HeadRow.model_fields.keys()
 _DATA_FOLDER = Path(__file__).parent / "data"
 
