@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-import typer
+import sys
+from collections.abc import Sequence
 
-from experimance_controlnet import __version__, model_server
+from experimance_controlnet import __version__
 
-app = typer.Typer(
-    help="Makes images steered by depth maps, over HTTP.",
-    no_args_is_help=True,
-    add_completion=False,
-)
+HELP = """\
+usage: controlnet-worker COMMAND ...
 
+Makes images steered by depth maps, over HTTP.
 
-@app.command(
-    add_help_option=False,  # --help goes on too: the flags are defined in one place
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def serve(context: typer.Context) -> None:
-    """Start the model server; `serve --help` lists its flags."""
-    model_server.main(context.args)
+commands:
+  serve     start the model server; `serve --help` lists its flags
+  models    list, fetch, verify, remove and add models; `models --help`
+  version   print the version
+"""
 
 
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(__version__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 on failure, 2 for wrong usage."""
+    match sys.argv[1:] if argv is None else list(argv):
+        case ["serve", *rest]:
+            from experimance_controlnet import model_server  # each command imports only its own
+
+            model_server.main(rest)
+        case ["models", *rest]:
+            from experimance_controlnet.commands import models
+
+            return models.main(rest)
+        case ["version"] | ["--version"]:
+            print(__version__)
+        case ["help"] | ["-h"] | ["--help"]:
+            print(HELP, end="")
+        case wrong:
+            what = f"there is no command {wrong[0]!r}" if wrong else "a command is missing"
+            print(f"controlnet-worker: {what}; see controlnet-worker --help", file=sys.stderr)
+            return 2
+    return 0
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

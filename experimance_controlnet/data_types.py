@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from experimance_controlnet.defaults import DEFAULT_CONTROLNET, DEFAULT_MODEL
+
 SchedulerName = Literal[
     "auto", "euler", "dpm_sde", "euler_a", "dpm_multi", "dpm_single", "ddim", "lcm"
 ]
@@ -72,7 +74,7 @@ class ControlNetGenerateData(_FromClient):
         "grey or colour; up to 8192 pixels a side, 4096 x 4096 in all; near is bright.",
     )
     mock_depth: bool = Field(False, description="Without a depth map, draw a radial one.")
-    model: Name = Field("lightning", description="A model of the catalogue.")
+    model: Name = Field(DEFAULT_MODEL, description="A model of the catalogue.")
     era: Name | None = Field(None, description="An era, or a LoRA name, of the catalogue.")
     loras: list[LoraUse] = Field(
         default_factory=list,
@@ -102,7 +104,7 @@ class ControlNetGenerateData(_FromClient):
     response_format: ResponseFormat = Field(
         "json", description="`binary`: the body is the image, the metadata travels in headers."
     )
-    controlnet: Name = Field("sdxl_small", description="A ControlNet of the catalogue.")
+    controlnet: Name = Field(DEFAULT_CONTROLNET, description="A ControlNet of the catalogue.")
     use_jpeg: bool | None = Field(
         None, description="Older spelling of output_format: true is jpeg, false is png."
     )
@@ -258,14 +260,57 @@ class Problem(BaseModel):
     )
 
 
-class ModelInfo(BaseModel):
-    """One model of the catalogue."""
+class EntryInfo(BaseModel):
+    """Where an entry of the catalogue is."""
+
+    on_disk: bool = Field(description="All its files are; false: the first request fetches them.")
+    in_memory: bool
+    size_bytes: int | None = Field(
+        description="Of all its files; null where they are not on disk and the catalogue does not "
+        "say it."
+    )
+    unavailable: str | None = Field(
+        description="Why its files could not be had the last time; null where they are on disk, or "
+        "nobody has tried."
+    )
+
+
+class FileInfo(EntryInfo):
+    """An entry with weights of its own."""
+
+    sha256: str | None = Field(
+        description="Of the weights; of a folder over their names and hashes. Null until it is "
+        "known: nothing is read for this answer."
+    )
+
+
+class ModelInfo(FileInfo):
+    """One model of the catalogue, with the settings it was made for."""
 
     steps: int
     cfg: float
     scheduler: str
-    on_disk: bool
-    in_memory: bool
+    scheduler_config: dict[str, bool | int | float | str]
+
+
+class ControlNetInfo(FileInfo):
+    """One ControlNet of the catalogue."""
+
+
+class LoraInfo(FileInfo):
+    """One LoRA of the catalogue."""
+
+    weight: float = Field(description="What it has as an era: the author's recommendation.")
+
+
+class EraInfo(EntryInfo):
+    """One era of the catalogue; where it is speaks of the LoRAs that it would use now."""
+
+    adapters: dict[str, float] = Field(description="LoRAs with their weights.")
+    alternative: dict[str, float] | None = Field(
+        description="What runs instead where an adapter's file does not exist at its origin."
+    )
+    uses_alternative: bool = Field(description="That is so at the moment.")
 
 
 class ModelsResponse(BaseModel):
@@ -277,6 +322,11 @@ class ModelsResponse(BaseModel):
     available_loras: list[str]
     available_controlnets: list[str]
     models: dict[str, ModelInfo]
+    controlnets: dict[str, ControlNetInfo]
+    loras: dict[str, LoraInfo]
+    eras: dict[str, EraInfo] = Field(
+        description="Without the LoRAs, which can be asked for as eras too."
+    )
 
 
 class ModelActionResponse(BaseModel):

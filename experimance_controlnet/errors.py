@@ -15,7 +15,8 @@
     │   │       └── AccessDeniedError   or that it may not be read
     │   ├── BadWeightsError
     │   │   └── ChecksumMismatchError   whole, but not the file that the catalogue means
-    │   └── DiskFullError
+    │   ├── DiskFullError
+    │   └── FileInUseError          it cannot be removed: a transfer or another entry needs it
     ├── UnavailableError           not now; worth another try later
     │   ├── QueueFullError
     │   ├── DrainingError
@@ -128,6 +129,12 @@ class DiskFullError(ModelFileError):
     """Not enough room in MODELS_DIR."""
 
     code = "disk_full"
+
+
+class FileInUseError(ModelFileError):
+    """A file that is to be removed, but that a transfer or another entry needs."""
+
+    code = "file_in_use"
 
 
 class UnavailableError(WorkerError):

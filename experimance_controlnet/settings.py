@@ -6,7 +6,6 @@ flag of the same name (``--model-server-port``); the flag wins.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import pydantic_settings
-from platformdirs import user_data_path
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 from experimance_controlnet.errors import SettingsError
+from experimance_controlnet.folders import DEFAULT_MODELS_DIR, per_user_folder, why_unusable
 from experimance_controlnet.logs import errors_log
 
 
@@ -64,7 +63,7 @@ class Settings(BaseSettings):
         description="Where others reach the server. Where it is not set: the address listened on.",
     )
     models_dir: Path = Field(
-        Path("/workspace/models"), description="Folder of the downloaded model files."
+        DEFAULT_MODELS_DIR, description="Folder of the downloaded model files."
     )
     model_log: Path = Field(
         Path("/workspace/logs/model_server.log"),
@@ -180,7 +179,7 @@ def load_settings(argv: Sequence[str], per_user: Path | None = None) -> Settings
         raise SettingsError(f"{_one_line(reason)}; --help lists the flags") from error
     except ValidationError as error:
         raise SettingsError(_first_fault(error)) from error
-    return settle_folders(settings, per_user or user_data_path("experimance_controlnet"))
+    return settle_folders(settings, per_user or per_user_folder())
 
 
 def settle_folders(settings: Settings, per_user: Path) -> Settings:
@@ -213,18 +212,15 @@ def settle_folders(settings: Settings, per_user: Path) -> Settings:
 
 def _unusable(field: str, path: Path) -> str | None:
     """Why nothing can be written there; None where it can."""
-    is_log = field == "model_log"
-    folder = path.parent if is_log else path
+    if field != "model_log":
+        return why_unusable(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if is_log:
-            path.open("a").close()
-            errors_log(path).open("a").close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        errors_log(path).open("a").close()
     except OSError as error:
         return f"{path} cannot be written: {error.strerror}"
-    return None
+    return why_unusable(path.parent)
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -37,6 +37,32 @@ def disk_errors(target: Path) -> Iterator[None]:
         raise ModelFileError(message) from error
 
 
+def remove_whole(path: Path) -> int:
+    """Remove a file or folder, if it exists; returns the bytes of disk that this frees.
+
+    A folder loses its name first, at once and with all that is in it: nobody finds a half of it.
+    A link is removed, not what it leads to. Raises OSError.
+    """
+    doomed = path.with_name(f".removed-{path.name}")
+    if doomed.is_dir() and not doomed.is_symlink():  # of a process that was killed in here
+        shutil.rmtree(doomed)
+    if path.is_dir() and not path.is_symlink():
+        freed_bytes = sum(map(_held_bytes, path.rglob("*")))
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+        return freed_bytes
+    try:
+        freed_bytes = _held_bytes(path)
+        path.unlink()
+    except FileNotFoundError:
+        return 0
+    return freed_bytes
+
+
+def _held_bytes(path: Path) -> int:
+    return path.lstat().st_blocks * 512
+
+
 def flush(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,8 @@ _log = structlog.get_logger()
 _CHUNK_BYTES = 32 << 20
 """Between two chunks a thread needs the GIL, for which it waits up to 5 ms while another imports or
 computes in Python. With small chunks a hash would wait for the imports of a start to end."""
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -50,11 +53,23 @@ def remember_beside(path: Path, digest: str) -> None:
 
 def hash_beside(path: Path) -> str | None:
     """The hash that is remembered beside a file, if it is of the file as it is now."""
-    beside = side_file(path)
-    if not beside.is_file():
-        return None
-    digest, _, state = beside.read_text().strip().partition(" ")
-    return digest if state == _state(path) else None
+    digest, state = _read_beside(path)
+    return digest if digest is not None and state == _state(path) else None
+
+
+def digest_beside(path: Path) -> str | None:
+    """The hash that was remembered beside a file, whatever has happened to the file since."""
+    return _read_beside(path)[0]
+
+
+def _read_beside(path: Path) -> tuple[str | None, str]:
+    """The hash, None where there is none, and the state that it is of."""
+    try:
+        note = side_file(path).read_text("ascii", errors="replace")
+    except FileNotFoundError:
+        return None, ""
+    digest, _, state = note.strip().partition(" ")
+    return digest if _DIGEST.fullmatch(digest) else None, state
 
 
 class ContentHashes:
@@ -65,26 +80,43 @@ class ContentHashes:
 
     def of(self, path: Path, *, keep_beside: bool) -> str | None:
         """sha256 of a file; of a folder over its weights' names and hashes, None without any."""
-        files = weight_files(path)
-        if path.is_file():
-            return self._of_file(path, keep_beside)
-        listing = hashlib.sha256()
-        for file in files:
-            digest = self._of_file(file, keep_beside)
-            listing.update(f"{digest}  {file.relative_to(path).as_posix()}\n".encode())
-        return listing.hexdigest() if files else None
+        return _over(path, lambda file: self._of_file(file, keep_beside))
+
+    def known(self, path: Path, *, keep_beside: bool) -> str | None:
+        """The same without reading any weights: None as long as nobody has computed it."""
+        return _over(path, lambda file: self._known_of_file(file, keep_beside))
 
     def _of_file(self, path: Path, keep_beside: bool) -> str:
-        key = _key(path)
-        digest = self._known.get(key) or (hash_beside(path) if keep_beside else None)
+        digest = self._known_of_file(path, keep_beside)
         if digest is None:
+            key = _key(path)
             digest = hash_file(path)
             unchanged = _key(path) == key  # what was replaced meanwhile is not what was hashed
             # an image may hold it read-only
             if keep_beside and unchanged and os.access(path.parent, os.W_OK):
                 remember_beside(path, digest)
-        self._known[key] = digest
+            self._known[key] = digest
         return digest
+
+    def _known_of_file(self, path: Path, keep_beside: bool) -> str | None:
+        key = _key(path)
+        digest = self._known.get(key) or (hash_beside(path) if keep_beside else None)
+        if digest is not None:
+            self._known[key] = digest
+        return digest
+
+
+def _over(path: Path, hash_of: Callable[[Path], str | None]) -> str | None:
+    files = weight_files(path)
+    if path.is_file():
+        return hash_of(path)
+    listing = hashlib.sha256()
+    for file in files:
+        digest = hash_of(file)
+        if digest is None:
+            return None
+        listing.update(f"{digest}  {file.relative_to(path).as_posix()}\n".encode())
+    return listing.hexdigest() if files else None
 
 
 class HashNotes:

@@ -24,6 +24,8 @@ GCS_URL = "https://storage.googleapis.com"
 """Where the objects of Google's buckets are, each as ``/BUCKET/OBJECT``."""
 _EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_OUR_PREFIXES = (".partial-", ".removed-")
+"""What the store keeps beside a file, and must not be taken for one."""
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 _SEGMENT = re.compile(r"[A-Za-z0-9_.~+%@(),;=:-]{1,200}")
 _GCS_URI = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])/(.+)", re.ASCII)
@@ -136,7 +138,8 @@ def _segments(path: str) -> list[str]:
     """The parts of a path, each a plain name. They stay percent-encoded on disk."""
     segments = path.split("/")
     for segment in segments:
-        if not _SEGMENT.fullmatch(segment) or unquote(segment) in (".", ".."):
+        plain = _SEGMENT.fullmatch(segment) and unquote(segment) not in (".", "..")
+        if not plain or segment.startswith(_OUR_PREFIXES):
             raise CatalogError(f"{segment!r} cannot be a part of its path")
     return segments
 

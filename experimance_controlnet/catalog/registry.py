@@ -1,39 +1,35 @@
-"""From a TOML file to a Catalog: every key checked, every name that one entry uses of another."""
+"""From a TOML file to a Catalog: every key checked, every name that one entry uses of another.
+
+``schema.py`` says what a file may hold.
+"""
 
 from __future__ import annotations
 
-import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, Any, cast
+from typing import Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import ValidationError
 
-from experimance_controlnet.catalog.location import HubPlace, LocalPlace, locate
-from experimance_controlnet.catalog.specs import (
-    AdapterUse,
-    Catalog,
-    ControlNetSpec,
-    EraSpec,
-    LoraSpec,
-    ModelSpec,
-    SchedulerName,
-    Source,
+from experimance_controlnet.catalog.location import HubPlace, LocalPlace, WebFile, locate
+from experimance_controlnet.catalog.schema import (
+    BUILT_IN,
+    CatalogRows,
+    ControlNetRow,
+    EraRow,
+    HeadRow,
+    LoraRow,
+    ModelRow,
+    Row,
+    SourceRow,
 )
+from experimance_controlnet.catalog.specs import Catalog
+from experimance_controlnet.defaults import DEFAULT_CONTROLNET
 from experimance_controlnet.errors import CatalogError
 
-BUILT_IN = ("experimance", "embedded")
+_HEAD = HeadRow.model_fields.keys()
 _DATA_FOLDER = Path(__file__).parent / "data"
 
 
@@ -44,152 +40,150 @@ def load_catalog(which: str) -> Catalog:
     """
     path = _DATA_FOLDER / f"{which}.toml" if which in BUILT_IN else Path(which)
     try:
-        with path.open("rb") as file:
-            tables = tomllib.load(file)
-        rows = _CatalogRows.model_validate(tables, context=path.parent.absolute())
-        _check_names(rows)
-    except OSError as error:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CatalogError(
-            f"{path}: {error.strerror}; a catalogue is {' or '.join(BUILT_IN)} or a TOML file"
+            f"{path}: {reason}; a catalogue is {' or '.join(BUILT_IN)} or a TOML file"
         ) from error
+    return parse_catalog(content, path)
+
+
+def parse_catalog(content: bytes, path: Path) -> Catalog:
+    """The catalogue that ``content`` would be as the file ``path``; raises as load_catalog does."""
+    with _faults_of(path):
+        rows = CatalogRows.model_validate(_tables(content), context=path.parent.absolute())
+        _check_references(rows)
+    return rows.record(path.stem)
+
+
+def merged_tables(content: bytes, path: Path) -> dict[str, Any]:
+    """The tables of a file and of what it extends, not yet checked; raises as load_catalog does."""
+    with _faults_of(path):
+        return _tables(content)
+
+
+def _tables(content: bytes) -> dict[str, Any]:
+    tables = tomllib.loads(content.decode())
+    head = HeadRow.model_validate({key: tables.pop(key) for key in _HEAD & tables.keys()})
+    return _extended(head, tables)
+
+
+@contextmanager
+def _faults_of(path: Path) -> Iterator[None]:
+    """Name the file in every error."""
+    try:
+        yield
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CatalogError(f"{path}: not TOML: {error}") from error
+    except RecursionError as error:  # the library's parser calls itself
+        raise CatalogError(f"{path}: arrays or tables are nested too deeply") from error
     except ValidationError as error:
         raise CatalogError(f"{path}: {_first_fault(error)}") from error
     except CatalogError as error:
         raise CatalogError(f"{path}: {error.message}") from error
-    return rows.record(path.stem)
 
 
-def _check_uri(uri: str, info: ValidationInfo) -> str:
-    """A local path in a catalogue is relative to the catalogue's file, whose folder is context."""
-    try:
-        place = locate(Source(uri))
-    except CatalogError as error:
-        raise ValueError(error.message) from error
-    if isinstance(place, LocalPlace) and not uri.startswith("package:"):
-        return str(cast(Path, info.context) / place.path)
-    return uri
+def _extended(head: HeadRow, own: dict[str, Any]) -> dict[str, Any]:
+    """The tables of a file put over those that it extends: an entry's keys replace those of the
+    entry of the same name, one by one.
+    """
+    if head.extends is None:
+        if head.remove:
+            raise CatalogError("remove: there is nothing to remove from; set extends")
+        return own
+    tables = tomllib.loads((_DATA_FOLDER / f"{head.extends}.toml").read_text("utf-8"))
+    for kind, names in head.remove.items():
+        for name in names:
+            if tables[kind].pop(name, None) is None:
+                raise CatalogError(f"remove.{kind}: {head.extends} has no {name!r}")
+    for table, entries in own.items():
+        if table in tables and isinstance(entries, dict):
+            for name, entry in entries.items():
+                known = tables[table].get(name, {})
+                tables[table][name] = known | entry if isinstance(entry, dict) else entry
+        else:  # wrong, as the validation will say
+            tables[table] = entries
+    return tables
 
 
-def _check_scalar(value: Any) -> bool | int | float | str:
-    infinite = isinstance(value, float) and not math.isfinite(value)
-    if infinite or not isinstance(value, bool | int | float | str):
-        raise ValueError("must be a boolean, a finite number or a string")
-    return value
-
-
-_Name = Annotated[str, StringConstraints(pattern=r"(?i)^[a-z0-9][a-z0-9_.-]{0,63}$")]
-_Uri = Annotated[str, AfterValidator(_check_uri)]
-_Sha256 = Annotated[str, StringConstraints(pattern="(?i)^[0-9a-f]{64}$", to_lower=True)]
-_Uses = Annotated[dict[_Name, float], Field(min_length=1)]
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class _SourceRow(_Row):
-    uri: _Uri
-    sha256: _Sha256 | None = None
-    size_bytes: Annotated[int, Field(ge=1)] | None = None
-    files: list[str] = []
-
-    @model_validator(mode="after")
-    def _keys_fit(self) -> _SourceRow:
-        place = locate(Source(self.uri))
-        is_repository = isinstance(place, HubPlace) and place.file is None
-        if self.files and not is_repository:
-            raise ValueError("files is for hf://owner/repo")
-        if is_repository and (self.sha256 or self.size_bytes):
-            raise ValueError("sha256 and size_bytes are for one file")
-        return self
-
-    def record(self) -> Source:
-        return Source(self.uri, self.sha256, self.size_bytes, tuple(self.files))
-
-
-class _ModelRow(_Row):
-    source: _SourceRow
-    base_source: _SourceRow | None = None
-    steps: int = Field(ge=1, le=50)
-    cfg: float = Field(ge=0.1, le=20)
-    scheduler: SchedulerName
-    scheduler_config: dict[str, Annotated[Any, AfterValidator(_check_scalar)]] = {}
-
-    def record(self, name: str) -> ModelSpec:
-        return ModelSpec(
-            name=name,
-            source=self.source.record(),
-            steps=self.steps,
-            cfg=self.cfg,
-            scheduler=self.scheduler,
-            scheduler_config=MappingProxyType(self.scheduler_config),
-            base_source=self.base_source.record() if self.base_source else None,
+def _check_references(rows: CatalogRows) -> None:
+    _check_eras(rows)
+    _check_sources(rows)
+    if rows.controlnets and DEFAULT_CONTROLNET not in rows.controlnets:
+        raise CatalogError(
+            f"controlnets: none is called {DEFAULT_CONTROLNET}, which requests use that name none; "
+            "give one this name"
         )
 
 
-class _ControlNetRow(_Row):
-    source: _SourceRow
-
-    def record(self, name: str) -> ControlNetSpec:
-        return ControlNetSpec(name, self.source.record())
-
-
-class _LoraRow(_Row):
-    source: _SourceRow
-    weight: float = 1.0
-
-    def record(self, name: str) -> LoraSpec:
-        return LoraSpec(name, self.source.record(), self.weight)
-
-
-class _EraRow(_Row):
-    adapters: _Uses
-    alternative: _Uses | None = None
-
-    def record(self, name: str) -> EraSpec:
-        alternative = None if self.alternative is None else _uses(self.alternative)
-        return EraSpec(name, _uses(self.adapters), alternative)
-
-
-class _CatalogRows(_Row):
-    models: dict[_Name, _ModelRow] = Field(min_length=1)
-    controlnets: dict[_Name, _ControlNetRow] = {}
-    loras: dict[_Name, _LoraRow] = {}
-    eras: dict[_Name, _EraRow] = {}
-
-    def record(self, name: str) -> Catalog:
-        return Catalog(
-            name=name,
-            models=MappingProxyType({key: row.record(key) for key, row in self.models.items()}),
-            controlnets=MappingProxyType(
-                {key: row.record(key) for key, row in self.controlnets.items()}
-            ),
-            loras=MappingProxyType({key: row.record(key) for key, row in self.loras.items()}),
-            eras=MappingProxyType({key: row.record(key) for key, row in self.eras.items()}),
-        )
-
-
-def _uses(weights: Mapping[str, float]) -> tuple[AdapterUse, ...]:
-    return tuple(AdapterUse(lora, weight) for lora, weight in weights.items())
-
-
-def _check_names(rows: _CatalogRows) -> None:
+def _check_eras(rows: CatalogRows) -> None:
     for era, row in rows.eras.items():
         if era in rows.loras:
             raise CatalogError(f"eras.{era}: a LoRA has this name, and every LoRA is an era too")
         for key, uses in (("adapters", row.adapters), ("alternative", row.alternative or {})):
             for lora in uses:
                 if lora not in rows.loras:
-                    raise CatalogError(f"eras.{era}.{key}.{lora}: there is no LoRA of this name")
+                    raise CatalogError(
+                        f"eras.{era}.{key}.{lora}: there is no LoRA of this name; add "
+                        f"[loras.{lora}], or change or remove the era"
+                    )
+
+
+def _check_sources(rows: CatalogRows) -> None:
+    """Folders are folders, files files, and one file is not stated to be two different ones."""
+    folders = {f"controlnets.{name}.source": row.source for name, row in rows.controlnets.items()}
+    for name, row in rows.models.items():
+        if row.base_source is not None:
+            folders[f"models.{name}.base_source"] = row.base_source
+    files = {f"loras.{name}.source": row.source for name, row in rows.loras.items()}
+    models = {f"models.{name}.source": row.source for name, row in rows.models.items()}
+    stated: dict[tuple[str, str], tuple[str, str | int]] = {}  # place, what -> by whom, value
+    for key, source in {**models, **folders, **files}.items():
+        place = locate(source.record())
+        one_file = isinstance(place, WebFile) or (isinstance(place, HubPlace) and place.file)
+        if key in folders and one_file:
+            raise CatalogError(f"{key}: must be a folder: hf://owner/repo or a local one")
+        if key in files and isinstance(place, HubPlace) and not place.file:
+            raise CatalogError(f"{key}: must be one file: hf://owner/repo/FILE")
+        kept_at = str(place.path if isinstance(place, LocalPlace) else place.keep_at)
+        for what, value in (("sha256", source.sha256), ("size_bytes", source.size_bytes)):
+            if value is None:
+                continue
+            by, known = stated.setdefault((kept_at, what), (key, value))
+            if value != known:
+                raise CatalogError(f"{key}: {what} is not the one of {by}, which is the same file")
 
 
 def _first_fault(error: ValidationError) -> str:
     first, *others = error.errors(include_url=False)
-    parts = [str(part) for part in first["loc"] if part != "[key]"]
-    key = ".".join(part if part.isprintable() else repr(part) for part in parts)
-    unknown = first["type"] == "extra_forbidden"
-    what = "unknown key" if unknown else first["msg"].removeprefix("Value error, ")
+    location = [str(part) for part in first["loc"] if part != "[key]"]
+    key = ".".join(part if part.isprintable() else repr(part) for part in location)
+    match first["type"]:
+        case "extra_forbidden":
+            what = f"unknown key; known here: {', '.join(_known_keys(location))}"
+        case "missing":
+            what = "is missing"
+        case "model_type" | "dict_type":
+            what = "must be a table"
+        case _:
+            what = first["msg"].removeprefix("Value error, ")
     more = f" (and {len(others)} more)" if others else ""
     return f"{key}: {what}{more}"
+
+
+def _known_keys(location: Sequence[str]) -> Iterable[str]:
+    """Of the table that holds the key at ``location``."""
+    rows: dict[str, type[Row]] = {
+        "models": ModelRow,
+        "controlnets": ControlNetRow,
+        "loras": LoraRow,
+        "eras": EraRow,
+    }
+    match location:
+        case [_]:
+            return [*_HEAD, *CatalogRows.model_fields]
+        case [kind, _, _]:
+            return rows[kind].model_fields
+        case _:
+            return SourceRow.model_fields

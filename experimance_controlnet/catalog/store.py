@@ -16,13 +16,14 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import urlsplit
 
 import structlog
 from huggingface_hub import constants, get_token
 
 from experimance_controlnet.catalog.backoff import patiently
-from experimance_controlnet.catalog.disk import disk_errors, flush
+from experimance_controlnet.catalog.disk import disk_errors, flush, remove_whole
 from experimance_controlnet.catalog.hashes import (
     ContentHashes,
     remember_beside,
@@ -30,6 +31,7 @@ from experimance_controlnet.catalog.hashes import (
     weight_files,
 )
 from experimance_controlnet.catalog.hub import Repository
+from experimance_controlnet.catalog.inventory import Found, glance
 from experimance_controlnet.catalog.job import Manner, Order
 from experimance_controlnet.catalog.location import (
     GCS_URL,
@@ -49,6 +51,7 @@ from experimance_controlnet.errors import (
     BadWeightsError,
     ChecksumMismatchError,
     DownloadError,
+    FileInUseError,
     ModelFileError,
 )
 
@@ -139,6 +142,30 @@ class ModelStore:
             with self._lock:
                 del self._running[source]
             mine.cancel()  # only after an error that is none of ours: nobody may wait for ever
+
+    def glance(self, source: Source) -> Found | None:
+        """What is on this disk, without reading weights: see ``inventory.glance``."""
+        return glance(source, self.models_dir, self._hashes)
+
+    def remove(self, source: Source) -> int:
+        """Remove a download and what a transfer left of it; returns the bytes of disk freed.
+
+        Raises ModelFileError for what is not a download, FileInUseError while a transfer works on
+        it, in whatever process.
+        """
+        place = locate(source)
+        if isinstance(place, LocalPlace):
+            raise ModelFileError(
+                f"{without_query(source.uri)} was not downloaded: remove it by hand"
+            )
+        target = self.models_dir / place.keep_at
+        with disk_errors(Path("MODELS_DIR", place.keep_at)):
+            partial = _beside(target, self.models_dir)
+            if not target.parent.is_dir():
+                return 0
+            lock = partial.with_name(partial.name + ".lock")
+            with file_lock(lock, lambda: _refuse_removal(source)):
+                return sum(map(remove_whole, (target, side_file(target), partial)))
 
     def _place(self, source: Source) -> Path:
         place = locate(source)
@@ -251,6 +278,12 @@ def _beside(path: Path, top: Path) -> Path:
             "symbolic link; remove the link, or set MODELS_DIR to the folder itself"
         )
     return partial
+
+
+def _refuse_removal(source: Source) -> NoReturn:
+    raise FileInUseError(
+        f"{without_query(source.uri)} is on its way just now: stop that transfer, or wait for it"
+    )
 
 
 def _remove(partial: Path) -> None:

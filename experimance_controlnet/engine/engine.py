@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import structlog
 
@@ -23,7 +24,7 @@ from experimance_controlnet.engine.batcher import Batcher, NewBatchPolicy
 from experimance_controlnet.engine.faults import as_worker_error
 from experimance_controlnet.engine.loading import LoadTotal
 from experimance_controlnet.engine.loop import EngineLoop, Inbox, in_short
-from experimance_controlnet.engine.request import GenerationRequest, ProgressListener
+from experimance_controlnet.engine.request import Asset, GenerationRequest, ProgressListener
 from experimance_controlnet.engine.runner import GpuMemory, Runner
 from experimance_controlnet.engine.tickets import Ledger, Ticket
 from experimance_controlnet.errors import DrainingError, EngineDeadError, WorkerError
@@ -149,6 +150,15 @@ class Engine:
             queue_workload=sum(ticket.request.workload for ticket in tickets),
             last_error=self._death or self._loop.last_error,
         )
+
+    def holds(self, kind: Literal["model", "controlnet", "lora"], name: str) -> bool:
+        """Whether it is in memory: of a LoRA, for one of the models that are. A snapshot."""
+        models = self._runner.loaded_models
+        if kind == "model":
+            return name in models
+        if kind == "controlnet":
+            return self._runner.has(Asset(kind, name))
+        return any(self._runner.has(Asset(kind, name, model)) for model in models)
 
     def model_loads(self) -> dict[str, LoadTotal]:
         """How often each model was read, and how long that took."""

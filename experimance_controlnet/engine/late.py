@@ -78,7 +78,7 @@ class LateRunner:
         return self._runner.missing(request)
 
     def has(self, asset: Asset) -> bool:
-        return self._runner.has(asset)
+        return self._made is not None and self._made.has(asset)
 
     def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
         return self._runner.make_room(asset, in_use)

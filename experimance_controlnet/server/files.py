@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,10 +18,11 @@ import psutil
 import structlog
 
 from experimance_controlnet.catalog.hashes import HashNotes
+from experimance_controlnet.catalog.inventory import Found
 from experimance_controlnet.catalog.page_cache import read_ahead
 from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.catalog.specs import Source
-from experimance_controlnet.errors import NotFoundUpstreamError
+from experimance_controlnet.errors import ModelFileError, NotFoundUpstreamError
 
 log = structlog.get_logger()
 
@@ -35,6 +37,7 @@ class Store(Protocol):
 
     def is_remote(self, source: Source) -> bool: ...
     def path(self, source: Source) -> Path | None: ...
+    def glance(self, source: Source) -> Found | None: ...
     def fetch(self, source: Source) -> Any: ...
     def content_hash(self, source: Source) -> str | None: ...
     def downloads(self) -> list[TransferStatus]: ...
@@ -52,6 +55,7 @@ class ModelFiles:
         self._clock = clock
         self._transfers: dict[Source, asyncio.Task[None]] = {}
         self._absent_until_s: dict[Source, float] = {}
+        self._faults: dict[Source, str] = {}
         self._hashes: dict[Source, asyncio.Task[str | None]] = {}
 
     async def ensure(self, sources: Iterable[Source]) -> None:
@@ -65,11 +69,16 @@ class ModelFiles:
         # shielded: a transfer goes on for others when one who waits gives up
         await asyncio.gather(*(asyncio.shield(self._transfer(source)) for source in missing))
 
-    async def on_disk(self, wanted: Mapping[str, Sequence[Source]]) -> dict[str, bool]:
-        """By key, whether all of its sources are on this disk."""
-        return await in_daemon_thread(
-            lambda: {key: not self._missing(sources) for key, sources in wanted.items()}
-        )
+    async def found(self, sources: Iterable[Source]) -> dict[Source, Found]:
+        """What is on this disk, with the hashes that are known by now; reads no weights."""
+        wanted = set(sources)
+        found = await in_daemon_thread(lambda: {one: self._store.glance(one) for one in wanted})
+        return {source: self._with_hash(source, one) for source, one in found.items() if one}
+
+    @property
+    def faults(self) -> Mapping[Source, str]:
+        """Why the last transfer of a source failed, where it did."""
+        return self._faults
 
     @property
     def absent(self) -> Collection[Source]:
@@ -124,6 +133,13 @@ class ModelFiles:
             return self._store.content_hash(source)
         return self._notes.of(path, lambda: self._store.content_hash(source))
 
+    def _with_hash(self, source: Source, found: Found) -> Found:
+        task = self._hashes.get(source)
+        if found.sha256 is not None or task is None or not task.done():
+            return found
+        usable = not task.cancelled() and task.exception() is None
+        return replace(found, sha256=task.result()) if usable else found
+
     def _missing(self, sources: Iterable[Source]) -> list[Source]:
         return [source for source in dict.fromkeys(sources) if self._store.path(source) is None]
 
@@ -146,9 +162,12 @@ class ModelFiles:
     async def _fetch(self, source: Source) -> None:
         try:
             await in_daemon_thread(lambda: self._store.fetch(source))
-        except NotFoundUpstreamError:
-            self._absent_until_s[source] = self._clock() + ABSENT_FOR_S
+        except ModelFileError as error:
+            self._faults[source] = error.message
+            if isinstance(error, NotFoundUpstreamError):
+                self._absent_until_s[source] = self._clock() + ABSENT_FOR_S
             raise
+        self._faults.pop(source, None)
 
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:

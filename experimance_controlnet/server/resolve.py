@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from experimance_controlnet.catalog.entries import model_sources
 from experimance_controlnet.catalog.specs import (
     AdapterUse,
     Catalog,
@@ -161,14 +162,19 @@ def make_plan(
     )
 
 
-def model_sources(model: ModelSpec) -> tuple[Source, ...]:
-    """What a model alone needs on this disk."""
-    return (model.source,) if model.base_source is None else (model.source, model.base_source)
-
-
 def era_names(catalog: Catalog) -> list[str]:
     """What a request may name as its era: the eras, then every LoRA."""
     return [*catalog.eras, *catalog.loras]
+
+
+def adapters_in_use(
+    era: EraSpec, catalog: Catalog, not_to_be_had: Collection[Source]
+) -> tuple[tuple[AdapterUse, ...], bool]:
+    """The era's adapters or its alternative's, and whether they are the latter."""
+    missing = any(catalog.loras[use.lora].source in not_to_be_had for use in era.adapters)
+    if missing and era.alternative is not None:
+        return era.alternative, True
+    return era.adapters, False
 
 
 def _look_up(table: Mapping[str, T], name: str, field: str) -> T:
@@ -192,11 +198,7 @@ def _era_adapters(
         return (AdapterUse(data.era, catalog.loras[data.era].weight),), False
     if data.era not in catalog.eras:
         raise _unknown("era", era_names(catalog))
-    era: EraSpec = catalog.eras[data.era]
-    missing = any(catalog.loras[use.lora].source in not_to_be_had for use in era.adapters)
-    if missing and era.alternative is not None:
-        return era.alternative, True
-    return era.adapters, False
+    return adapters_in_use(catalog.eras[data.era], catalog, not_to_be_had)
 
 
 def _add_up(

@@ -23,6 +23,7 @@ from experimance_controlnet.data_types import (
 )
 from experimance_controlnet.errors import InvalidRequestError, UnknownNameError
 from experimance_controlnet.server import problems
+from experimance_controlnet.server.available import models_of
 from experimance_controlnet.server.bridge import until_disconnect
 from experimance_controlnet.server.codec import MEDIA_TYPES
 from experimance_controlnet.server.generate import (
@@ -36,7 +37,7 @@ from experimance_controlnet.server.middleware import done_fields_of, request_id_
 from experimance_controlnet.server.negotiate import negotiate
 from experimance_controlnet.server.resolve import Plan, make_plan
 from experimance_controlnet.server.services import Services, TheServices
-from experimance_controlnet.server.status import health_of, models_of
+from experimance_controlnet.server.status import health_of
 from experimance_controlnet.server.strict_json import StrictJsonRoute
 
 _PROBLEM: dict[str, Any] = {
@@ -116,7 +117,7 @@ async def checkhealth(services: TheServices, response: Response) -> HealthRespon
 
 @plain.get("/models")
 async def models(services: TheServices) -> ModelsResponse:
-    """Every name that a request may hold."""
+    """Every name that a request may hold, and where what it means is."""
     return await models_of(services)
 
 

@@ -12,19 +12,18 @@ import psutil
 import structlog
 from fastapi import Depends, Request
 
+from experimance_controlnet.catalog.entries import model_sources
 from experimance_controlnet.catalog.specs import Catalog, Source
-from experimance_controlnet.data_types import ControlNetGenerateData, MemoryUse
+from experimance_controlnet.data_types import MemoryUse
+from experimance_controlnet.defaults import DEFAULT_CONTROLNET
 from experimance_controlnet.engine.engine import Engine
 from experimance_controlnet.errors import DrainingError, WorkerError
 from experimance_controlnet.server.codec import CodecPool
 from experimance_controlnet.server.files import ModelFiles
 from experimance_controlnet.server.metrics import Metrics
-from experimance_controlnet.server.resolve import model_sources
 from experimance_controlnet.settings import Settings
 
 log = structlog.get_logger()
-
-DEFAULT_CONTROLNET: str = ControlNetGenerateData.model_fields["controlnet"].default
 
 
 @dataclass(slots=True)

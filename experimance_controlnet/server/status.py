@@ -8,13 +8,9 @@ from experimance_controlnet import __version__
 from experimance_controlnet.data_types import (
     DownloadStatus,
     HealthResponse,
-    ModelInfo,
-    ModelsResponse,
     ServerStatus,
 )
 from experimance_controlnet.engine.engine import EngineHealth
-from experimance_controlnet.engine.schedulers import SCHEDULER_NAMES
-from experimance_controlnet.server.resolve import era_names, model_sources
 from experimance_controlnet.server.services import Services
 
 
@@ -66,29 +62,3 @@ def _status(services: Services, engine: EngineHealth) -> ServerStatus:
     if set(services.preload.failed) - set(engine.models_loaded):
         return "error"
     return "ready"
-
-
-async def models_of(services: Services) -> ModelsResponse:
-    """The catalogue's names, and where each model is."""
-    catalog = services.catalog
-    loaded = services.engine.health().models_loaded
-    on_disk = await services.files.on_disk(
-        {name: model_sources(model) for name, model in catalog.models.items()}
-    )
-    return ModelsResponse(
-        available_models=list(catalog.models),
-        available_eras=era_names(catalog),
-        available_schedulers=["auto", *SCHEDULER_NAMES],
-        available_loras=list(catalog.loras),
-        available_controlnets=list(catalog.controlnets),
-        models={
-            name: ModelInfo(
-                steps=model.steps,
-                cfg=model.cfg,
-                scheduler=model.scheduler,
-                on_disk=on_disk[name],
-                in_memory=name in loaded,
-            )
-            for name, model in catalog.models.items()
-        },
-    )

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from experimance_controlnet.catalog.inventory import Found
 from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.catalog.specs import (
     AdapterUse,
@@ -72,6 +73,8 @@ class FakeStore:
 
     missing: set[Source] = field(default_factory=set)
     faults: dict[Source, Exception] = field(default_factory=dict)
+    hashes: dict[Source, str] = field(default_factory=dict)
+    """Those that are known without reading."""
     fetch_s: float = 0.0
     fetched: list[Source] = field(default_factory=list)
     hashed: list[Source] = field(default_factory=list)
@@ -87,6 +90,11 @@ class FakeStore:
 
     def path(self, source: Source) -> Path | None:
         return None if source in self.missing else Path("/nothing/is/here")
+
+    def glance(self, source: Source) -> Found | None:
+        if self.path(source) is None:
+            return None
+        return Found(Path(source.uri), len(source.uri), self.hashes.get(source))
 
     def fetch(self, source: Source) -> str:
         self.fetched.append(source)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 
 import experimance_controlnet
+from experimance_controlnet.catalog.hashes import hash_file
 from tests.http.process import READY_S, launcher
 from tests.hub import serve_folder
 from tests.origin import Origin, Reply
@@ -54,6 +56,9 @@ def test_twenty_first_requests_share_the_transfers(tmp_path: Path) -> None:
     with launcher(tmp_path) as launch:
         server = launch(**variables)
         server.until(lambda: server.status() != "silent")
+        empty = httpx.get(f"{server.url}/models", timeout=READY_S).json()  # while it starts
+        for info in (empty["models"]["lightning"], empty["loras"]["experimance"]):
+            assert (info["on_disk"], info["in_memory"], info["sha256"]) == (False, False, None)
 
         def ask(seed: int) -> int:
             body = {"prompt": "hills", "era": "experimance", "mock_depth": True, "seed": seed}
@@ -64,6 +69,7 @@ def test_twenty_first_requests_share_the_transfers(tmp_path: Path) -> None:
             statuses = list(pool.map(ask, range(REQUESTS)))
         assert statuses == [200] * REQUESTS, server.console.read_text()
         events = server.events()
+        known = httpx.get(f"{server.url}/models", timeout=READY_S).json()
     origin.close()
     started = [event["uri"] for event in events if event["event"] == "download_started"]
     assert sorted(started) == [
@@ -81,3 +87,14 @@ def test_twenty_first_requests_share_the_transfers(tmp_path: Path) -> None:
     place = models / f"127.0.0.1_{origin.port}" / "experimance.safetensors"
     assert place.read_bytes() == LORA.read_bytes()
     assert json.dumps(events).count("download_failed") == 0
+    for kind, name in (
+        ("models", "lightning"),
+        ("controlnets", "sdxl_small"),
+        ("loras", "experimance"),
+    ):
+        info = known[kind][name]
+        assert (info["on_disk"], info["in_memory"], info["unavailable"]) == (True, True, None)
+        assert re.fullmatch("[0-9a-f]{64}", info["sha256"]), "known from the transfer"
+    lora = known["loras"]["experimance"]
+    assert lora["size_bytes"] == len(LORA.read_bytes())
+    assert lora["sha256"] == hash_file(LORA)

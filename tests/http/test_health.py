@@ -12,7 +12,7 @@ from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.data_types import HealthResponse
 from experimance_controlnet.engine.fake import FakeRunner
 from experimance_controlnet.engine.request import GenerationRequest
-from experimance_controlnet.errors import DownloadError
+from experimance_controlnet.errors import DownloadError, NotFoundUpstreamError
 from tests.http.conftest import FakeStore, RunningServer, StartServer, source, wait_until
 from tests.http.test_errors import check_problem
 
@@ -131,13 +131,10 @@ def test_a_second_model_does_not_make_the_server_unready(start_server: StartServ
 
 
 def test_models_lists_every_name(start_server: StartServer) -> None:
-    store = FakeStore()
-    store.lacks("base")
-    server = start_server(store=store)
-    server.client.post("/preload", params={"model_name": "hyper"})
+    server = start_server()
     models = server.client.get("/models").json()
-    infos = models.pop("models")
-    assert models == {
+    names = {key: value for key, value in models.items() if key.startswith("available_")}
+    assert names == {
         "available_models": ["lightning", "hyper", "base"],
         "available_eras": [
             *("wilderness", "modern", "drone", "experimance", "experimance_wilderness")
@@ -149,12 +146,91 @@ def test_models_lists_every_name(start_server: StartServer) -> None:
         "available_loras": ["drone", "experimance", "experimance_wilderness"],
         "available_controlnets": ["sdxl_small"],
     }
-    keys = ("steps", "cfg", "scheduler", "on_disk", "in_memory")
-    assert {name: tuple(info[key] for key in keys) for name, info in infos.items()} == {
-        "lightning": (6, 2.0, "euler", False, False),  # its base is not there
-        "hyper": (8, 6.0, "euler", True, True),
-        "base": (20, 7.5, "dpm_sde", False, False),
+    for kind in ("models", "controlnets", "loras"):
+        assert list(models[kind]) == models[f"available_{kind}"]
+    assert list(models["eras"]) == ["wilderness", "modern"]
+
+
+def test_models_says_where_everything_is(start_server: StartServer) -> None:
+    store = FakeStore()
+    store.lacks("base")
+    store.lacks("experimance")
+    store.hashes[source("lightning")] = "ab" * 32
+    server = start_server(store=store)
+    server.client.post("/preload", params={"model_name": "hyper"})
+    models = server.client.get("/models").json()
+    hyper_hash = f"hash of {source('hyper').uri}"
+    keys = ("steps", "cfg", "scheduler", "on_disk", "in_memory", "sha256")
+    assert {name: tuple(info[key] for key in keys) for name, info in models["models"].items()} == {
+        "lightning": (6, 2.0, "euler", False, False, "ab" * 32),  # its base is not there
+        "hyper": (8, 6.0, "euler", True, True, hyper_hash),  # computed when it was loaded
+        "base": (20, 7.5, "dpm_sde", False, False, None),
     }
+    assert models["models"]["base"]["size_bytes"] is None
+    assert models["models"]["hyper"] == {
+        "steps": 8,
+        "cfg": 6.0,
+        "scheduler": "euler",
+        "scheduler_config": {},
+        "on_disk": True,
+        "in_memory": True,
+        "size_bytes": len(source("hyper").uri),
+        "sha256": hyper_hash,
+        "unavailable": None,
+    }
+    assert models["loras"]["drone"] == {
+        "weight": 0.8,
+        "on_disk": True,
+        "in_memory": False,
+        "size_bytes": len(source("drone").uri),
+        "sha256": None,
+        "unavailable": None,
+    }
+    assert models["controlnets"]["sdxl_small"]["on_disk"] is True
+    assert models["eras"]["modern"] == {
+        "adapters": {"drone": 0.3, "experimance": 0.6},
+        "alternative": None,
+        "uses_alternative": False,
+        "on_disk": False,
+        "in_memory": False,
+        "size_bytes": None,
+        "unavailable": None,
+    }
+
+
+def test_models_says_why_something_cannot_be_had(start_server: StartServer) -> None:
+    store = FakeStore()
+    store.lacks("experimance_wilderness", NotFoundUpstreamError("It answers 404."))
+    store.lacks("base", DownloadError("The network is down."))
+    server = start_server(store=store)
+    assert server.generate(era="wilderness", model="hyper").status_code == 200
+    assert server.generate(model="base").status_code == 502
+
+    def unavailable(kind: str, name: str) -> str | None:
+        reason: str | None = server.client.get("/models").json()[kind][name]["unavailable"]
+        return reason
+
+    assert unavailable("loras", "experimance_wilderness") == "It answers 404."
+    assert unavailable("models", "base") == "The network is down."
+    assert unavailable("models", "lightning") == "The network is down.", "of its base_source"
+    assert unavailable("models", "hyper") is None
+    era = server.client.get("/models").json()["eras"]["wilderness"]
+    assert (era["uses_alternative"], era["on_disk"], era["unavailable"]) == (True, True, None)
+    del store.faults[source("base")]
+    assert server.generate(model="base").status_code == 200
+    assert unavailable("models", "base") is None
+
+
+def test_models_does_not_wait_for_a_transfer(start_server: StartServer) -> None:
+    store = FakeStore(fetch_s=0.3)
+    store.lacks("base")
+    server = start_server(store=store)
+    with ThreadPoolExecutor() as pool:
+        image = pool.submit(server.generate, model="base")
+        wait_until(lambda: bool(store.fetched))
+        assert server.client.get("/models").json()["models"]["base"]["on_disk"] is False
+        assert image.result().status_code == 200
+    assert server.client.get("/models").json()["models"]["base"]["on_disk"] is True
 
 
 def test_preload_and_unload(start_server: StartServer) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from benchmarks.figures import FIGURES
+from experimance_controlnet.catalog.registry import parse_catalog
+from experimance_controlnet.commands.models import parser
 from experimance_controlnet.data_types import ControlNetGenerateData
 from experimance_controlnet.server.problems import STATUS
 from experimance_controlnet.settings import Settings
@@ -35,6 +38,21 @@ def test_every_request_field_is_documented(name: str) -> None:
 @pytest.mark.parametrize("status", sorted({400, 404, 405, 406, 413, 415, *STATUS.values()}))
 def test_every_status_is_documented(status: int) -> None:
     assert re.search(rf"\b{status}\b", README)
+
+
+def test_the_example_of_a_catalogue_is_one(tmp_path: Path) -> None:
+    [example] = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    catalog = parse_catalog(example.encode(), tmp_path / "mine.toml")
+    assert catalog.models["lightning"].steps == 5
+    assert "bog" in catalog.eras
+    assert "ruins" not in catalog.eras
+
+
+def test_the_examples_of_the_command_are_accepted() -> None:
+    text = README.replace("\\\n", " ").replace("NUMBER", "1")
+    examples = re.findall(r"^controlnet-worker models ([^#\n]*)", text, re.MULTILINE)
+    commands = {parser().parse_args(shlex.split(example)).module for example in examples}
+    assert commands == {"listing", "fetching", "checking", "removing", "adding"}
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from experimance_controlnet.catalog.location import locate
+from experimance_controlnet.catalog.location import LocalPlace, locate
 from experimance_controlnet.catalog.registry import load_catalog
 from experimance_controlnet.catalog.specs import AdapterUse, Catalog, Source
 from experimance_controlnet.errors import CatalogError
@@ -208,9 +211,15 @@ def test_hashes_are_read_in_either_case(tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_is_named_with_its_path(tmp_path: Path) -> None:
-    assert complaint(tmp_path, MINIMAL) == "loras.moss.extra: unknown key"
+    known = "unknown key; known here: source, weight"
+    assert complaint(tmp_path, MINIMAL) == f"loras.moss.extra: {known}"
     text = GOOD.replace("steps = 4", "step = 4")
-    assert complaint(tmp_path, text) == "models.tiny.steps: Field required (and 1 more)"
+    assert complaint(tmp_path, text) == "models.tiny.steps: is missing (and 1 more)"
+    known = "unknown key; known here: extends, remove, models, controlnets, loras, eras"
+    assert complaint(tmp_path, GOOD + "[lora.fern]\n") == f"lora: {known}"
+    text = GOOD.replace("size_bytes = 8", "size = 8")
+    known = "unknown key; known here: uri, sha256, size_bytes, files"
+    assert complaint(tmp_path, text) == f"loras.moss.source.size: {known}"
 
 
 def test_bad_toml_is_named_with_its_line(tmp_path: Path) -> None:
@@ -234,9 +243,10 @@ def test_a_catalogue_that_cannot_be_read(which: str) -> None:
 
 def test_an_era_uses_only_loras_that_exist(tmp_path: Path) -> None:
     text = GOOD + "[eras.bog]\nadapters = { moss = 1.0, ferns = 1.0 }\n"
-    assert complaint(tmp_path, text) == "eras.bog.adapters.ferns: there is no LoRA of this name"
+    todo = "there is no LoRA of this name; add [loras.ferns], or change or remove the era"
+    assert complaint(tmp_path, text) == f"eras.bog.adapters.ferns: {todo}"
     text = GOOD + "[eras.bog]\nadapters = { moss = 1.0 }\nalternative = { ferns = 1.0 }\n"
-    assert complaint(tmp_path, text) == "eras.bog.alternative.ferns: there is no LoRA of this name"
+    assert complaint(tmp_path, text) == f"eras.bog.alternative.ferns: {todo}"
 
 
 def test_an_era_must_not_have_the_name_of_a_lora(tmp_path: Path) -> None:
@@ -247,7 +257,7 @@ def test_an_era_must_not_have_the_name_of_a_lora(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a/b", "../a", ".hidden", "-x", "", "a b", "ä", "a\\n", "x" * 65])
 def test_names_are_plain(tmp_path: Path, name: str) -> None:
     text = GOOD + f'[eras."{name}"]\nadapters = {{ moss = 1.0 }}\n'
-    assert "String should match pattern" in complaint(tmp_path, text)
+    assert "a name begins with a letter or digit" in complaint(tmp_path, text)
 
 
 def test_names_may_have_capitals_dots_and_64_characters(tmp_path: Path) -> None:
@@ -275,6 +285,10 @@ def test_names_may_have_capitals_dots_and_64_characters(tmp_path: Path) -> None:
         ("size_bytes = 8", 'sha256 = "abc"', "loras.moss.source.sha256"),
         ("size_bytes = 8", 'files = ["*"]', "loras.moss.source"),
         ('files = ["*.json"]', "size_bytes = 8", "models.tiny.base_source"),
+        ("*.json", "unet/*.bin", "models.tiny.base_source.files.0"),
+        ("*.json", "", "models.tiny.base_source.files.0"),
+        ("hf://owner/repo@v1", "hf://owner/repo/a.safetensors", "models.tiny.base_source"),
+        ('{ uri = "weights/tiny.safetensors" }', "3", "models.tiny.source"),
     ],
 )
 def test_values_out_of_range(tmp_path: Path, old: str, new: str, key: str) -> None:
@@ -283,9 +297,156 @@ def test_values_out_of_range(tmp_path: Path, old: str, new: str, key: str) -> No
 
 
 def test_a_catalogue_has_a_model(tmp_path: Path) -> None:
-    assert complaint(tmp_path, "") == "models: Field required"
+    assert complaint(tmp_path, "") == "models: is missing"
     assert complaint(tmp_path, "[models]\n").startswith("models: ")
 
+
+def test_a_source_may_be_its_uri_alone(tmp_path: Path) -> None:
+    text = GOOD.replace('{ uri = "weights/tiny.safetensors" }', '"weights/tiny.safetensors"')
+    assert load_catalog(write(tmp_path, text)) == load_catalog(write(tmp_path, GOOD))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            '[controlnets.sdxl_small]\nsource = "https://example.org/c.safetensors"',
+            "controlnets.sdxl_small.source: must be a folder: hf://owner/repo or a local one",
+        ),
+        (
+            '[loras.fern]\nsource = "hf://owner/repo"',
+            "loras.fern.source: must be one file: hf://owner/repo/FILE",
+        ),
+        (
+            '[controlnets.depth]\nsource = "hf://owner/depth"',
+            "controlnets: none is called sdxl_small, which requests use that name none; "
+            "give one this name",
+        ),
+    ],
+)
+def test_what_does_not_fit_together(tmp_path: Path, entry: str, message: str) -> None:
+    assert complaint(tmp_path, f"{GOOD}{entry}\n") == message
+
+
+@pytest.mark.parametrize("stated", ["size_bytes = 9", 'size_bytes = 8, sha256 = "%s"'])
+def test_one_file_is_stated_once(tmp_path: Path, stated: str) -> None:
+    source = 'source = { uri = "https://example.org/moss.safetensors", STATED }'.replace
+    text = GOOD + "[loras.fern]\n" + source("STATED", stated.replace("%s", "a" * 64)) + "\n"
+    if "sha256" in stated:
+        load_catalog(write(tmp_path, text))  # the same length, and more is said
+        text += "[loras.bog]\n" + source("STATED", f'sha256 = "{"b" * 64}"') + "\n"
+        fault = "loras.bog.source: sha256 is not the one of loras.fern.source"
+    else:
+        fault = "loras.fern.source: size_bytes is not the one of loras.moss.source"
+    assert complaint(tmp_path, text) == f"{fault}, which is the same file"
+
+
+def test_a_file_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    assert "nested too deep" in complaint(tmp_path, f"a = {'[' * 5000}")
+
+
+def test_a_path_with_a_nul() -> None:
+    with pytest.raises(CatalogError, match="a catalogue is experimance or embedded"):
+        load_catalog("mine\0.toml")
+
+
+# -- built on a shipped one -------------------------------------------------------------------
+
+OWN_MODEL = """
+extends = "experimance"
+remove = { eras = ["ruins"], models = ["hyper"] }
+
+[models.lightning]
+steps = 5
+source = { uri = "weights/mine.safetensors" }
+
+[models.hyper]
+source = "weights/other.safetensors"
+steps = 3
+cfg = 1.0
+scheduler = "lcm"
+
+[loras.moss]
+source = "https://example.org/moss.safetensors"
+
+[eras.bog]
+adapters = { moss = 0.5, drone = 0.2 }
+"""
+
+
+def test_a_catalogue_that_extends_a_shipped_one(tmp_path: Path) -> None:
+    shipped, own = load_catalog("experimance"), load_catalog(write(tmp_path, OWN_MODEL))
+    assert own.name == "mine"
+    lightning, theirs = own.models["lightning"], shipped.models["lightning"]
+    assert lightning.steps == 5
+    assert lightning.source == Source(str(tmp_path / "weights/mine.safetensors"))
+    assert lightning.base_source == theirs.base_source
+    assert (lightning.cfg, lightning.scheduler_config) == (theirs.cfg, theirs.scheduler_config)
+    hyper = own.models["hyper"]  # removed first: nothing of it is left
+    assert (hyper.base_source, dict(hyper.scheduler_config)) == (None, {})
+    assert own.models["base"] == shipped.models["base"]
+    assert own.controlnets == shipped.controlnets
+    assert set(own.loras) == {*shipped.loras, "moss"}
+    assert set(own.eras) == {*shipped.eras, "bog"} - {"ruins"}
+    assert own.eras["bog"].adapters == (AdapterUse("moss", 0.5), AdapterUse("drone", 0.2))
+
+
+@pytest.mark.parametrize("which", ["experimance", "embedded"])
+def test_an_extension_without_changes(tmp_path: Path, which: str) -> None:
+    own, shipped = load_catalog(write(tmp_path, f'extends = "{which}"\n')), load_catalog(which)
+    for kind in ("models", "controlnets", "loras", "eras"):
+        assert dict(getattr(own, kind)) == dict(getattr(shipped, kind))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "other.toml"', "extends: Input should be 'experimance' or 'embedded'"),
+        ("extends = 3", "extends: Input should be 'experimance' or 'embedded'"),
+        (
+            'remove = { eras = ["ruins"] }\n' + GOOD,
+            "remove: there is nothing to remove from; set extends",
+        ),
+        (
+            'extends = "experimance"\nremove = { eras = ["runes"] }',
+            "remove.eras: experimance has no 'runes'",
+        ),
+        (
+            'extends = "experimance"\nremove = { era = ["ruins"] }',
+            "remove.era: Input should be 'models', 'controlnets', 'loras' or 'eras'",
+        ),
+        (
+            'extends = "experimance"\nremove = { loras = ["experimance_future"] }',
+            "eras.future.adapters.experimance_future: there is no LoRA of this name; add "
+            "[loras.experimance_future], or change or remove the era",
+        ),
+        (
+            'extends = "experimance"\nremove = { controlnets = ["sdxl_small"] }\n'
+            '[controlnets.mine]\nsource = "hf://owner/depth"',
+            "controlnets: none is called sdxl_small, which requests use that name none; "
+            "give one this name",
+        ),
+        ('extends = "embedded"\nmodels = 3', "models: must be a table"),
+        (
+            'extends = "embedded"\n[models]\nlightning = 3',
+            "models.lightning: must be a table",
+        ),
+        (
+            'extends = "embedded"\n[models.lightning]\nstep = 3',
+            "models.lightning.step: unknown key; known here: source, base_source, steps, cfg, "
+            "scheduler, scheduler_config",
+        ),
+        (
+            'extends = "embedded"\n[models.new]\nsteps = 3',
+            "models.new.source: is missing (and 2 more)",
+        ),
+    ],
+)
+def test_extensions_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    assert complaint(tmp_path, text) == message
+
+
+# -- sources ----------------------------------------------------------------------------------
 
 BAD_URIS = [
     "",
@@ -297,6 +458,8 @@ BAD_URIS = [
     "https://example.org/../a.safetensors",
     "https://example.org/a/%2E%2e/b.safetensors",
     "https://example.org//a.safetensors",
+    "https://example.org/.partial-a.safetensors",
+    "hf://owner/repo/.removed-x/a.safetensors",
     "https://example.org/",
     "https://../a.safetensors",
     "https:///a.safetensors",
@@ -333,3 +496,43 @@ def test_sources_that_no_catalogue_may_hold(tmp_path: Path, uri: str) -> None:
 def test_those_sources_have_no_place_either(uri: str) -> None:
     with pytest.raises(CatalogError):
         locate(Source(uri))
+
+
+FRAGMENTS = [
+    *("https://", "http://", "hf://", "gs://", "package:", "file:", "example.org", "localhost"),
+    *("owner", "repo", "a.safetensors", "b", ".", "..", "...", "%2e", "%2E%2e", "%00", "%2f", "\0"),
+    *(
+        "/",
+        "//",
+        "\\",
+        "@",
+        "@main",
+        "@../x",
+        "?",
+        "?a=..",
+        "#",
+        ":",
+        ":80",
+        "~",
+        "~root",
+        " ",
+        "\n",
+    ),
+    *("[::1]", "\u2024\u2024", "\uff0e\uff0e", ".safetensors", ".partial-a"),
+]
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=9).map("".join))
+def test_whatever_a_source_says_it_stays_in_its_folder(uri: str) -> None:
+    try:
+        place = locate(Source(uri))
+    except CatalogError:
+        return
+    if isinstance(place, LocalPlace):  # the operator's own file: nothing is written there
+        assert not uri.startswith(("https://", "http://", "hf://", "gs://", "file:"))
+        return
+    kept = os.path.normpath(Path("/models", place.keep_at))
+    assert len(Path(kept).relative_to("/models").parts) >= 2, "at least a host and a name"
+    assert kept == str(Path("/models", place.keep_at)), "nothing in it means another folder"
+    assert "\0" not in kept

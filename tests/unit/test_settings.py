@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from experimance_controlnet.errors import SettingsError
+from experimance_controlnet.folders import default_models_dir
 from experimance_controlnet.settings import Fallback, Settings, load_settings, settle_folders
 
 
@@ -227,6 +228,16 @@ def test_defaults_that_cannot_be_written_fall_back(blocked: Path, tmp_path: Path
     )
 
 
+def test_commands_look_where_the_server_would(blocked: Path, tmp_path: Path) -> None:
+    for wanted in (tmp_path, tmp_path / "new" / "models", blocked, blocked / "models"):
+        log = tmp_path / "x.log"
+        unset = Settings.model_construct(_fields_set=set(), models_dir=wanted, model_log=log)
+        before = set(tmp_path.rglob("*"))
+        found = default_models_dir(wanted, tmp_path / "user")
+        assert set(tmp_path.rglob("*")) == before
+        assert found == settle_folders(unset, tmp_path / "user").models_dir
+
+
 def test_nowhere_to_fall_back_to(blocked: Path, tmp_path: Path) -> None:
     on_a_laptop = Settings.model_construct(
         _fields_set=set(), models_dir=blocked, model_log=tmp_path / "x.log"
@@ -291,6 +302,6 @@ def test_what_the_launcher_says(
 
 def test_what_the_launcher_does_not_import() -> None:
     """Torch takes seconds."""
-    code = "import sys, experimance_controlnet.cli; print('torch' in sys.modules)"
+    code = "import sys, experimance_controlnet.model_server; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True)
     assert ended.stdout.strip() == b"False"
