@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from experimance_controlnet.engine.faults import is_fatal, is_out_of_memory
 from experimance_controlnet.engine.original_layout import read_part
+from experimance_controlnet.engine.resting import Key, ModuleFrame, Placed, module_tensors
 from experimance_controlnet.engine.weights import (
     Placement,
     build_empty,
@@ -53,6 +54,36 @@ class SdxlModules:
     text_encoder_2: CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFrame:
+    """An SDXL checkpoint without its tensors."""
+
+    modules: Sequence[ModuleFrame]
+    tokenizers: Mapping[str, CLIPTokenizer]
+
+    @classmethod
+    def of(cls, modules: SdxlModules) -> CheckpointFrame:
+        """The frame of modules that were read."""
+        return cls(
+            [ModuleFrame.of(name, getattr(modules, name)) for name in _COMPONENTS],
+            {name: getattr(modules, name) for name in _TOKENIZERS},
+        )
+
+    def build(self, tensors: Mapping[Key, torch.Tensor], place: Placed) -> SdxlModules:
+        """The modules anew, from the tensors of :func:`checkpoint_tensors`."""
+        parts: dict[str, Any] = {frame.name: frame.build(tensors, place) for frame in self.modules}
+        parts |= self.tokenizers
+        return SdxlModules(**parts)
+
+
+def checkpoint_tensors(modules: SdxlModules) -> dict[Key, torch.Tensor]:
+    """All weights, where they are."""
+    tensors: dict[Key, torch.Tensor] = {}
+    for name in _COMPONENTS:
+        tensors |= module_tensors(name, getattr(modules, name))
+    return tensors
 
 
 def load_checkpoint(

@@ -21,14 +21,25 @@ import structlog
 
 from experimance_controlnet.engine.batcher import Batcher, NewBatchPolicy
 from experimance_controlnet.engine.faults import as_worker_error
-from experimance_controlnet.engine.loading import LoadTotal
+from experimance_controlnet.engine.loading import Loading, LoadTotal
 from experimance_controlnet.engine.loop import EngineLoop, Inbox, in_short
-from experimance_controlnet.engine.request import GenerationRequest, ProgressListener
-from experimance_controlnet.engine.runner import GpuMemory, Runner
+from experimance_controlnet.engine.request import AssetKind, GenerationRequest, ProgressListener
+from experimance_controlnet.engine.runner import GpuMemory, LoadSource, Runner
 from experimance_controlnet.engine.tickets import Ledger, Ticket
 from experimance_controlnet.errors import DrainingError, EngineDeadError, WorkerError
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """A model, ControlNet or LoRA on its way."""
+
+    kind: AssetKind
+    name: str
+    source: LoadSource
+    seconds: float | None
+    """Since it was begun; None: it waits for its turn, or for room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,11 @@ class EngineHealth:
     """Busy, and no heartbeat for longer than the watchdog allows."""
     draining: bool
     models_loaded: tuple[str, ...]
+    models_parked: tuple[str, ...]
+    """They come back without the disk."""
     models_loading: tuple[str, ...]
+    loading: tuple[LoadProgress, ...]
+    """These and all else that is on its way to the device, in order."""
     queue_depth: int
     """Images accepted and not finished."""
     queue_workload: float
@@ -144,14 +159,21 @@ class Engine:
             hung=bool(tickets) and silent_s > self._watchdog_s,
             draining=self._draining,
             models_loaded=self._runner.loaded_models,
+            models_parked=self._runner.parked_models,
             models_loading=self._loop.loads.models,
+            loading=tuple(map(self._progress, self._loop.loads.under_way)),
             queue_depth=len(tickets),
             queue_workload=sum(ticket.request.workload for ticket in tickets),
             last_error=self._death or self._loop.last_error,
         )
 
-    def model_loads(self) -> dict[str, LoadTotal]:
-        """How often each model was read, and how long that took."""
+    def _progress(self, loading: Loading) -> LoadProgress:
+        asset, begun_s = loading.asset, loading.begun_s
+        seconds = None if begun_s is None else self._clock() - begun_s
+        return LoadProgress(asset.kind, asset.name, loading.source, seconds)
+
+    def model_loads(self) -> dict[tuple[str, LoadSource], LoadTotal]:
+        """How often each model was brought from where, and how long that took."""
         return dict(self._loop.loads.totals)
 
     @property

@@ -18,7 +18,7 @@ import structlog
 
 from experimance_controlnet.engine.faults import attempt, is_fatal, is_out_of_memory
 from experimance_controlnet.engine.request import Asset
-from experimance_controlnet.engine.runner import Runner
+from experimance_controlnet.engine.runner import LoadSource, Runner
 
 log = structlog.get_logger()
 
@@ -28,10 +28,20 @@ Waiter = Callable[[Exception | None], None]
 
 @dataclass(frozen=True, slots=True)
 class LoadTotal:
-    """How often a model was read into memory, and the seconds that took in all."""
+    """How often a model was brought to the device, and the seconds that took in all."""
 
     count: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What is on its way."""
+
+    asset: Asset
+    source: LoadSource
+    begun_s: float | None
+    """By the clock; None: it waits for its turn or for room."""
 
 
 class Loads:
@@ -43,26 +53,41 @@ class Loads:
         post: Callable[[Callable[[], None]], None],
         needed_beside: Callable[[Asset], set[Asset]],
         others_run: Callable[[], bool],
+        clock: Callable[[], float],
     ) -> None:
         """``post`` puts work into the engine's inbox; it is the only thing that the reading thread
         calls. ``needed_beside`` says what must stay in memory when an asset comes, ``others_run``
-        whether requests are under way: when they end, more can leave.
+        whether requests are under way: when they end, more can leave. ``clock`` in seconds.
         """
         self._runner = runner
         self._post = post
         self._needed_beside = needed_beside
         self._others_run = others_run
+        self._clock = clock
         self._waiters: dict[Asset, list[Waiter]] = {}  # in order of the first wish
         self._reading: Asset | None = None
+        self._begun: Loading | None = None  # the latest
         self.short_of_room = False
         """The next asset waits until no request is under way; then call :meth:`resume`."""
-        self.totals: dict[str, LoadTotal] = {}
-        """By model, for statistics. Copy it on another thread, do not iterate."""
+        self.totals: dict[tuple[str, LoadSource], LoadTotal] = {}
+        """By model and where it came from, for statistics. Copy it on another thread, do not
+        iterate."""
 
     @property
     def models(self) -> tuple[str, ...]:
         """Models that are wanted and not in memory yet. Safe on any thread."""
         return tuple(asset.name for asset in tuple(self._waiters) if asset.kind == "model")
+
+    @property
+    def under_way(self) -> tuple[Loading, ...]:
+        """All that is wanted and not on the device yet, in order. Safe on any thread."""
+        begun, reading = self._begun, self._reading
+        return tuple(
+            begun
+            if begun is not None and begun.asset == reading == asset
+            else Loading(asset, self._runner.source(asset), begun_s=None)
+            for asset in tuple(self._waiters)
+        )
 
     def want(self, asset: Asset, waiter: Waiter) -> None:
         """Tell ``waiter`` as soon as the asset is in memory, which may be at once."""
@@ -85,20 +110,23 @@ class Loads:
         if self.short_of_room:
             return
         self._reading = asset
+        self._begun = Loading(asset, self._runner.source(asset), self._clock())
         if error is not None:  # it ends those who wait for this, and nobody else
             failed: Future[Any] = Future()
             failed.set_exception(error)
             self._post(partial(self._done, asset, failed))
             return
         # A daemon: a process that is told to stop must not wait for a disk.
-        threading.Thread(target=self._read, args=(asset,), name="loader", daemon=True).start()
+        begun = (self._begun,)
+        threading.Thread(target=self._read, args=begun, name="loader", daemon=True).start()
 
     def _make_room(self, asset: Asset) -> None:
         """When nothing else can leave, reading is tried all the same: what it takes is a guess."""
         enough = self._runner.make_room(asset, self._needed_beside(asset))
         self.short_of_room = not enough and self._others_run()
 
-    def _read(self, asset: Asset) -> None:
+    def _read(self, loading: Loading) -> None:
+        asset = loading.asset
         loaded: Future[Any] = Future()
         started_s = time.monotonic()
         try:
@@ -106,14 +134,15 @@ class Loads:
         except BaseException as error:  # noqa: BLE001 - top of this thread; the engine's judges it
             loaded.set_exception(error)
         else:
-            self._count(asset, time.monotonic() - started_s)
+            self._count(asset, loading.source, time.monotonic() - started_s)
         self._post(partial(self._done, asset, loaded))
 
-    def _count(self, asset: Asset, load_s: float) -> None:
+    def _count(self, asset: Asset, source: LoadSource, load_s: float) -> None:
         if asset.kind == "model":
-            total = self.totals.get(asset.name, LoadTotal())
-            self.totals[asset.name] = LoadTotal(total.count + 1, total.seconds + load_s)
-        fields = {asset.kind: asset.name, "load_s": round(load_s, 3)}
+            total = self.totals.get((asset.name, source), LoadTotal())
+            total = LoadTotal(total.count + 1, total.seconds + load_s)
+            self.totals[asset.name, source] = total
+        fields = {asset.kind: asset.name, "source": source, "load_s": round(load_s, 3)}
         log.info(f"{asset.kind}_loaded", **fields)
 
     def _done(self, asset: Asset, loaded: Future[Any]) -> None:

@@ -55,13 +55,20 @@ def build_empty(component: Any, folder: Path) -> Any:
 
     ``component`` is of diffusers or of transformers.
     """
+    if not issubclass(component, PreTrainedModel):
+        return build_configured(component, component.load_config(folder, local_files_only=True))
+    config = component.config_class.from_pretrained(folder, local_files_only=True)
+    # transformers would swap the process's default dtype for the one of the config
+    config.dtype = None
+    return build_configured(component, config)
+
+
+def build_configured(component: Any, config: Any) -> Any:
+    """The same for the ``config`` of a module that was built so."""
     with torch.device("meta"):
-        if not issubclass(component, PreTrainedModel):
-            return component.from_config(component.load_config(folder, local_files_only=True))
-        config = component.config_class.from_pretrained(folder, local_files_only=True)
-        # transformers would swap the process's default dtype for the one of the config
-        config.dtype = None
-        return component(config)
+        if issubclass(component, PreTrainedModel):
+            return component(config)
+        return component.from_config(config)
 
 
 def weight_files(component: Any, folder: Path) -> list[Path]:

@@ -7,11 +7,12 @@ import time
 from experimance_controlnet import __version__
 from experimance_controlnet.data_types import (
     HealthResponse,
+    LoadUnderWay,
     ModelInfo,
     ModelsResponse,
     ServerStatus,
 )
-from experimance_controlnet.engine.engine import EngineHealth
+from experimance_controlnet.engine.engine import EngineHealth, LoadProgress
 from experimance_controlnet.engine.schedulers import SCHEDULER_NAMES
 from experimance_controlnet.server.resolve import era_names, model_sources
 from experimance_controlnet.server.services import Services
@@ -32,6 +33,8 @@ def health_of(services: Services) -> HealthResponse:
         ready_for_inference=status == "ready"
         or (status == "loading_models" and not waits_for_models),
         models_loaded=list(engine.models_loaded),
+        models_parked=list(engine.models_parked),
+        loading=[_load_under_way(load) for load in engine.loading],
         memory_usage=services.memory(),
         uptime=round(time.monotonic() - services.started_s, 3),
         queue_depth=engine.queue_depth,
@@ -42,6 +45,11 @@ def health_of(services: Services) -> HealthResponse:
         memory_tier=services.engine.memory_tier,
         version=__version__,
     )
+
+
+def _load_under_way(load: LoadProgress) -> LoadUnderWay:
+    seconds = None if load.seconds is None else round(load.seconds, 3)
+    return LoadUnderWay(kind=load.kind, name=load.name, source=load.source, seconds=seconds)
 
 
 def _status(services: Services, engine: EngineHealth) -> ServerStatus:
