@@ -93,6 +93,26 @@ class DeviceMemory:
             torch.cuda.empty_cache()
 
 
+class Pace:
+    """Keeps the host one step ahead of the device, and no further: enough that the device never
+    waits, little enough that a new request joins at the next step but one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._step_before: torch.cuda.Event | None = None
+
+    def step_launched(self) -> None:
+        """Wait for the step before this one."""
+        if not self._on_cuda:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        if self._step_before is not None:
+            self._step_before.synchronize()
+        self._step_before = event
+
+
 class HostMemory:
     """The memory of the device's host, for what leaves the device."""
 
@@ -113,23 +133,3 @@ class HostMemory:
             torch.accelerator.empty_host_cache()
         else:  # before torch 2.13
             torch._C._host_emptyCache()
-
-
-class Pace:
-    """Keeps the host one step ahead of the device, and no further: enough that the device never
-    waits, little enough that a new request joins at the next step but one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-        self._step_before: torch.cuda.Event | None = None
-
-    def step_launched(self) -> None:
-        """Wait for the step before this one."""
-        if not self._on_cuda:
-            return
-        event = torch.cuda.Event()
-        event.record()
-        if self._step_before is not None:
-            self._step_before.synchronize()
-        self._step_before = event

@@ -8,7 +8,6 @@ was used least recently.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -56,14 +55,15 @@ class HostCache:
         self._free_bytes = free_bytes
         self._release = release
         self._pin = pin
-        self._copies: OrderedDict[Asset, Parked] = OrderedDict()
-        self._in_service: set[Asset] = set()  # of the copies: their assets are on the device
+        # In order of use. Both are replaced and never changed, since other threads read them.
+        self._copies: dict[Asset, Parked] = {}
+        self._in_service: frozenset[Asset] = frozenset()  # of these: they are on the device too
         self._expected: Asset | None = None
 
     def names(self, kind: str) -> tuple[str, ...]:
         """Assets of that kind that are here and not on the device, least recently used first."""
-        parked = [asset for asset in tuple(self._copies) if asset not in self._in_service]
-        return tuple(asset.name for asset in parked if asset.kind == kind)
+        away = [asset for asset in self._copies if asset not in self._in_service]
+        return tuple(asset.name for asset in away if asset.kind == kind)
 
     def find(self, asset: Asset) -> Parked | None:
         """What there is of an asset that is not on the device."""
@@ -79,9 +79,9 @@ class HostCache:
         False where the host has no room for it, or cannot pin as much: then it is gone.
         """
         started_s = time.monotonic()
-        before = self._copies.pop(asset, None)
-        self._in_service.discard(asset)
+        before = self._copies.get(asset)
         tensors = {} if before is None else dict(before.tensors)
+        self._forget(asset)
         new = {key: tensor for key, tensor in at_rest.on_device.items() if key not in tensors}
         try:
             fits = not new or self._make_room(total_bytes(new))
@@ -95,11 +95,12 @@ class HostCache:
         if not fits:
             log.info("not_parked", **_named(asset), reason="too little free memory of the host")
             return False
-        self._copies[asset] = Parked(at_rest.frame, at_rest.on_host | tensors)
+        parked = Parked(at_rest.frame, at_rest.on_host | tensors)
+        self._copies = {**self._copies, asset: parked}
         log.info(
             f"{asset.kind}_parked",
             **_named(asset),
-            parked_bytes=self._copies[asset].nbytes,
+            parked_bytes=parked.nbytes,
             copied_bytes=total_bytes(new),
             seconds=round(time.monotonic() - started_s, 3),
         )
@@ -111,16 +112,16 @@ class HostCache:
         """
         copy = self._copies.get(asset)
         if copy is not None:
-            self._copies[asset] = copy.without(living_here)
-            self._copies.move_to_end(asset)
-            self._in_service.add(asset)
+            self._forget(asset)
+            self._in_service |= {asset}  # first: nobody must find it for a moment
+            self._copies = {**self._copies, asset: copy.without(living_here)}
 
     def drop(self, asset: Asset) -> None:
         """Let the asset go, and with a model its LoRAs; without effect where it is not here."""
-        for other in tuple(self._copies):
+        for other in self._copies:
             of_model = asset.kind == "model" and other.model == asset.name
             if other == asset or of_model:
-                self._remove(other)
+                self._evict(other)
         self._release()
 
     def _make_room(self, needed_bytes: int) -> bool:
@@ -136,14 +137,17 @@ class HostCache:
         for asset in victims:
             if self._free_bytes() >= needed_bytes:
                 break
-            self._remove(asset)
+            self._evict(asset)
             self._release()
         return self._free_bytes() >= needed_bytes
 
-    def _remove(self, asset: Asset) -> None:
+    def _evict(self, asset: Asset) -> None:
         log.info("left_host_memory", **_named(asset), on_device=asset in self._in_service)
-        del self._copies[asset]
-        self._in_service.discard(asset)
+        self._forget(asset)
+
+    def _forget(self, asset: Asset) -> None:
+        self._copies = {other: copy for other, copy in self._copies.items() if other != asset}
+        self._in_service -= {asset}
 
 
 def copy_to_host(

@@ -63,20 +63,15 @@ class Loads:
         self._post = post
         self._needed_beside = needed_beside
         self._others_run = others_run
-        self._clock = clock
         self._waiters: dict[Asset, list[Waiter]] = {}  # in order of the first wish
         self._reading: Asset | None = None
-        self._begun: Loading | None = None  # the latest
         self.short_of_room = False
         """The next asset waits until no request is under way; then call :meth:`resume`."""
         self.totals: dict[tuple[str, LoadSource], LoadTotal] = {}
         """By model and where it came from, for statistics. Copy it on another thread, do not
         iterate."""
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """Models that are wanted and not in memory yet. Safe on any thread."""
-        return tuple(asset.name for asset in tuple(self._waiters) if asset.kind == "model")
+        self._clock = clock
+        self._begun: Loading | None = None  # the latest
 
     @property
     def under_way(self) -> tuple[Loading, ...]:
@@ -88,6 +83,11 @@ class Loads:
             else Loading(asset, self._runner.source(asset), begun_s=None)
             for asset in tuple(self._waiters)
         )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Models that are wanted and not in memory yet. Safe on any thread."""
+        return tuple(asset.name for asset in tuple(self._waiters) if asset.kind == "model")
 
     def want(self, asset: Asset, waiter: Waiter) -> None:
         """Tell ``waiter`` as soon as the asset is in memory, which may be at once."""
@@ -109,24 +109,22 @@ class Loads:
         error = attempt(partial(self._make_room, asset))
         if self.short_of_room:
             return
-        self._reading = asset
         self._begun = Loading(asset, self._runner.source(asset), self._clock())
+        self._reading = asset
         if error is not None:  # it ends those who wait for this, and nobody else
             failed: Future[Any] = Future()
             failed.set_exception(error)
             self._post(partial(self._done, asset, failed))
             return
         # A daemon: a process that is told to stop must not wait for a disk.
-        begun = (self._begun,)
-        threading.Thread(target=self._read, args=begun, name="loader", daemon=True).start()
+        threading.Thread(target=self._read, args=(asset,), name="loader", daemon=True).start()
 
     def _make_room(self, asset: Asset) -> None:
         """When nothing else can leave, reading is tried all the same: what it takes is a guess."""
         enough = self._runner.make_room(asset, self._needed_beside(asset))
         self.short_of_room = not enough and self._others_run()
 
-    def _read(self, loading: Loading) -> None:
-        asset = loading.asset
+    def _read(self, asset: Asset) -> None:
         loaded: Future[Any] = Future()
         started_s = time.monotonic()
         try:
@@ -134,10 +132,12 @@ class Loads:
         except BaseException as error:  # noqa: BLE001 - top of this thread; the engine's judges it
             loaded.set_exception(error)
         else:
-            self._count(asset, loading.source, time.monotonic() - started_s)
+            self._count(asset, time.monotonic() - started_s)
         self._post(partial(self._done, asset, loaded))
 
-    def _count(self, asset: Asset, source: LoadSource, load_s: float) -> None:
+    def _count(self, asset: Asset, load_s: float) -> None:
+        assert self._begun is not None and self._begun.asset == asset
+        source = self._begun.source
         if asset.kind == "model":
             total = self.totals.get((asset.name, source), LoadTotal())
             total = LoadTotal(total.count + 1, total.seconds + load_s)

@@ -1,4 +1,4 @@
-"""What is on the device: as much as fits as measured; the least recently used leaves."""
+"""What is in memory: as much as fits by measured free memory, the least recently used leaves."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ class Residency:
         free_bytes: Callable[[], int],
         release: Callable[[], None],
         forget: Callable[[Asset, Any], None] = lambda asset, thing: None,
-        park: Callable[[Asset, Any], bool] = lambda asset, thing: False,
+        park: Callable[[Asset, Any], object] = lambda asset, thing: None,
     ) -> None:
         """``free_bytes`` measures, ``release`` gives the memory of what was dropped back;
-        ``forget`` is told of each thing that is about to leave. What leaves for want of room is
-        given to ``park`` before that; it says whether it keeps a copy elsewhere.
+        ``forget`` is told of each thing that is about to leave.
         """
+        self._park = park  # is given what leaves for want of room before it does
         self._free_bytes = free_bytes
         self._release = release
         self._forget = forget
-        self._park = park
         self._things: OrderedDict[Asset, Any] = OrderedDict()
 
     def names(self, kind: str) -> tuple[str, ...]:
@@ -53,42 +52,35 @@ class Residency:
         self._things[asset] = thing
 
     def drop(self, asset: Asset) -> None:
-        """Let the asset go for good, and with a model the LoRAs that were read against it."""
-        self._remove(asset)
-        log.info(f"{asset.kind}_unloaded", **{asset.kind: asset.name})
-
-    def _remove(self, asset: Asset) -> None:
-        for lora in self._loras_of(asset):
-            del self._things[lora]
+        """Let the asset go, and with a model the LoRAs that were read against it."""
+        if asset.kind == "model":
+            for lora in [lora for lora in self._things if lora.model == asset.name]:
+                del self._things[lora]
         self._forget(asset, self._things[asset])
         del self._things[asset]
         self._release()
-
-    def _loras_of(self, asset: Asset) -> list[Asset]:
-        """None where it is no model."""
-        is_model = asset.kind == "model"
-        return [lora for lora in self._things if is_model and lora.model == asset.name]
-
-    def _make_leave(self, asset: Asset) -> None:
-        """The same, for want of room."""
-        for lora in self._loras_of(asset):
-            self._park(lora, self._things[lora])
-        if self._park(asset, self._things[asset]):
-            self._remove(asset)
-        else:
-            self.drop(asset)
+        log.info(f"{asset.kind}_unloaded", **{asset.kind: asset.name})
 
     def drop_idle(self, in_use: Collection[Asset]) -> None:
-        """Make everything leave that is not in use."""
+        """Let everything go that is not in use."""
         for asset in tuple(self._things):
             if asset in self._things and asset not in in_use:
                 self._make_leave(asset)
 
     def make_room(self, needed_bytes: int, in_use: Collection[Asset]) -> bool:
-        """Make idle assets leave until the bytes are free; False where that does not suffice."""
+        """Drop idle assets until the bytes are free; False where that does not suffice."""
         for asset in tuple(self._things):
             if self._free_bytes() >= needed_bytes:
                 return True
             if asset in self._things and asset not in in_use:
                 self._make_leave(asset)
         return self._free_bytes() >= needed_bytes
+
+    def _make_leave(self, asset: Asset) -> None:
+        """Drop it, after what leaves with it was parked; both may come back."""
+        loras = [
+            lora for lora in self._things if asset.kind == "model" and lora.model == asset.name
+        ]
+        for leaving in [*loras, asset]:
+            self._park(leaving, self._things[leaving])
+        self.drop(asset)
