@@ -61,6 +61,15 @@ class Residency:
         self._release()
         log.info(f"{asset.kind}_unloaded", **{asset.kind: asset.name})
 
+    def _make_leave(self, asset: Asset) -> None:
+        """Drop it, after what leaves with it was parked; both may come back."""
+        loras = [
+            lora for lora in self._things if asset.kind == "model" and lora.model == asset.name
+        ]
+        for leaving in [*loras, asset]:
+            self._park(leaving, self._things[leaving])
+        self.drop(asset)
+
     def drop_idle(self, in_use: Collection[Asset]) -> None:
         """Let everything go that is not in use."""
         for asset in tuple(self._things):
@@ -75,12 +84,3 @@ class Residency:
             if asset in self._things and asset not in in_use:
                 self._make_leave(asset)
         return self._free_bytes() >= needed_bytes
-
-    def _make_leave(self, asset: Asset) -> None:
-        """Drop it, after what leaves with it was parked; both may come back."""
-        loras = [
-            lora for lora in self._things if asset.kind == "model" and lora.model == asset.name
-        ]
-        for leaving in [*loras, asset]:
-            self._park(leaving, self._things[leaving])
-        self.drop(asset)
