@@ -301,6 +301,9 @@ class LoadUnderWay(BaseModel):
     seconds: float | None = Field(
         description="Since its load began; null while it waits for its turn, or for room."
     )
+    share: float | None = Field(
+        description="How much of its bytes is there, about, 0 to 1; null where that is not known."
+    )
 
 
 class HealthResponse(BaseModel):

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from experimance_controlnet.engine.faults import is_fatal, is_out_of_memory
 from experimance_controlnet.engine.original_layout import read_part
 from experimance_controlnet.engine.resting import Key, ModuleFrame, Placed, module_tensors
 from experimance_controlnet.engine.weights import (
+    ByteCount,
     Placement,
     build_empty,
     fill,
@@ -92,12 +93,13 @@ def load_checkpoint(
     device: torch.device,
     dtype: torch.dtype,
     parked: Collection[str] = (),
+    count: ByteCount | None = None,
 ) -> SdxlModules:
     """Read an SDXL model.
 
     ``source``: a diffusers folder, or a ``.safetensors`` file in the original SDXL layout.
     ``base``: the diffusers folder that supplies what ``source`` lacks. ``parked``: the components
-    that stay in the host's memory.
+    that stay in the host's memory. ``count`` learns of what is read.
 
     Raises:
         BadWeightsError: a file is missing, damaged or does not fit its configuration.
@@ -108,7 +110,8 @@ def load_checkpoint(
         parts: dict[str, Any] = {}
         for name in _COMPONENTS:
             place = torch.device("cpu") if name in parked else device
-            parts[name] = _load_part(name, source, _holding(name, folders), place, dtype)
+            placement = Placement(place, dtype, JOINED if name == "unet" else None, count)
+            parts[name] = _load_part(name, source, _holding(name, folders), placement)
         for name in _TOKENIZERS:
             parts[name] = CLIPTokenizer.from_pretrained(
                 _holding(name, folders), local_files_only=True
@@ -117,7 +120,9 @@ def load_checkpoint(
     return SdxlModules(**parts)
 
 
-def load_controlnet(folder: Path, device: torch.device, dtype: torch.dtype) -> ControlNetModel:
+def load_controlnet(
+    folder: Path, device: torch.device, dtype: torch.dtype, count: ByteCount | None = None
+) -> ControlNetModel:
     """Read a ControlNet in diffusers' layout.
 
     Raises:
@@ -127,7 +132,8 @@ def load_controlnet(folder: Path, device: torch.device, dtype: torch.dtype) -> C
     with _as_bad_weights(folder):
         controlnet: ControlNetModel = build_empty(ControlNetModel, folder)
         files = weight_files(ControlNetModel, folder)
-        fill(folder.name, controlnet, read_tensors(files, Placement(device, dtype, JOINED)))
+        placement = Placement(device, dtype, JOINED, count)
+        fill(folder.name, controlnet, read_tensors(files, placement))
     _log_speed(folder, [controlnet], started_s)
     return controlnet
 
@@ -165,17 +171,14 @@ def _holding(part: str, folders: list[Path]) -> Path:
     )
 
 
-def _load_part(
-    name: str, source: Path, folder: Path, device: torch.device, dtype: torch.dtype
-) -> Any:
+def _load_part(name: str, source: Path, folder: Path, placement: Placement) -> Any:
     """One component: its configuration is in ``folder``, and so are its weights, unless ``source``
     is one file with everything.
     """
     component = _COMPONENTS[name]
     module = build_empty(component, folder)
     if name == "vae":
-        dtype = _vae_dtype(module, dtype)
-    placement = Placement(device, dtype, JOINED if name == "unet" else None)
+        placement = replace(placement, dtype=_vae_dtype(module, placement.dtype))
     if source.is_dir():
         tensors = read_tensors(weight_files(component, folder), placement)
     else:

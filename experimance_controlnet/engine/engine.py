@@ -40,6 +40,8 @@ class LoadProgress:
     source: LoadSource
     seconds: float | None
     """Since it was begun; None: it waits for its turn, or for room."""
+    share: float | None
+    """0..1: how much of it is there, about; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +170,11 @@ class Engine:
         )
 
     def _progress(self, loading: Loading) -> LoadProgress:
-        asset, begun_s = loading.asset, loading.begun_s
-        seconds = None if begun_s is None else self._clock() - begun_s
-        return LoadProgress(asset.kind, asset.name, loading.source, seconds)
+        kind, name, source = loading.asset.kind, loading.asset.name, loading.source
+        if loading.begun_s is None:
+            return LoadProgress(kind, name, source, None, None)
+        seconds = self._clock() - loading.begun_s
+        return LoadProgress(kind, name, source, seconds, self._runner.load_share)
 
     def model_loads(self) -> dict[tuple[str, LoadSource], LoadTotal]:
         """How often each model was brought from where, and how long that took."""

@@ -69,6 +69,7 @@ class FakeRunner:
     device_name = "fake"
     precision = "fp32"
     memory_tier = "resident"
+    load_share: float | None = 0.5
 
     def __init__(
         self,

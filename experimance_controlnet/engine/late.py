@@ -87,6 +87,10 @@ class LateRunner:
     def source(self, asset: Asset) -> LoadSource:
         return self._runner.source(asset)
 
+    @property
+    def load_share(self) -> float | None:
+        return None if self._made is None else self._made.load_share
+
     def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
         return self._runner.make_room(asset, in_use)
 

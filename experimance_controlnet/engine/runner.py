@@ -87,6 +87,10 @@ class Runner(Protocol):
     def source(self, asset: Asset) -> LoadSource:
         """Where :meth:`load` would take it from."""
 
+    @property
+    def load_share(self) -> float | None:
+        """0..1: how much of what :meth:`load` brings is there, about; None: that is not known."""
+
     def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
         """Make what is not in use leave the device, least recently used first, until the asset
         fits. False: by estimate it does not. What leaves is parked where the host has room.

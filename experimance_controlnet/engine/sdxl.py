@@ -111,6 +111,10 @@ class SdxlRunner:
     def source(self, asset: Asset) -> LoadSource:
         return "disk" if self._find_parked(asset) is None else "host"
 
+    @property
+    def load_share(self) -> float | None:
+        return self._reader.share
+
     def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
         parked = self._find_parked(asset)
         if parked is None:

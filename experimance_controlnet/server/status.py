@@ -48,8 +48,13 @@ def health_of(services: Services) -> HealthResponse:
 
 
 def _load_under_way(load: LoadProgress) -> LoadUnderWay:
-    seconds = None if load.seconds is None else round(load.seconds, 3)
-    return LoadUnderWay(kind=load.kind, name=load.name, source=load.source, seconds=seconds)
+    return LoadUnderWay(
+        kind=load.kind,
+        name=load.name,
+        source=load.source,
+        seconds=None if load.seconds is None else round(load.seconds, 3),
+        share=None if load.share is None else round(load.share, 3),
+    )
 
 
 def _status(services: Services, engine: EngineHealth) -> ServerStatus:

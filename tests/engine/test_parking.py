@@ -147,7 +147,6 @@ def test_what_leaves_is_freed_on_the_device(parking: SdxlRunner) -> None:
     controlnet = weakref.ref(parking._assets.peek(Asset("controlnet", "sdxl_small")))
     del model
     make_all_leave(parking)
-    gc.collect()
     assert [thing() for thing in [*watched, controlnet]] == [None] * 4
 
 
@@ -183,6 +182,18 @@ def test_without_room_on_the_host_it_is_read_again(catalog: Catalog, store: Mode
     assert runner.parked_models == ()
     for picture, again in zip(expected, draw_sets(runner), strict=True):
         assert all_equal([picture, again])
+
+
+def test_a_load_says_how_far_it_is(catalog: Catalog, store: ModelStore) -> None:
+    runner = SdxlRunner(catalog, store, "cpu", host_cache=host())
+    assert runner.load_share is None
+    for source in ("disk", "host"):
+        assert runner.source(Asset("model", "base")) == source
+        loaded(runner, "base")
+        assert runner.load_share is not None and 0.95 < runner.load_share <= 1
+        runner.load(Asset("lora", "drone", "base"))
+        assert runner.load_share is None
+        make_all_leave(runner)
 
 
 def test_on_a_cpu_there_is_nothing_to_park(runner: SdxlRunner) -> None:

@@ -75,7 +75,7 @@ def test_health_says_what_is_on_its_way(start_server: StartServer) -> None:
         assert health["models_parked"] == ["base"]
         [load] = health["loading"]
         assert 0 <= load.pop("seconds") <= 1.5
-        assert load == {"kind": "model", "name": "base", "source": "host"}
+        assert load == {"kind": "model", "name": "base", "source": "host", "share": 0.5}
         assert 'controlnet_model_parked{model="base"} 1.0' in server.client.get("/metrics").text
         assert image.result().status_code == 200
     health = server.client.get("/checkhealth").json()
