@@ -13,8 +13,6 @@ from experimance_controlnet.errors import SettingsError
 CONTEXT_BYTES = 900_000_000
 """What CUDA's context and the libraries' kernels take beside all tensors; 0.8 GB on an H200."""
 
-_LEAST_HOST_RESERVE_BYTES, _HOST_RESERVE_SHARE = 4_000_000_000, 0.15
-
 
 def choose_device(wish: str) -> torch.device:
     """``auto`` is CUDA where there is one. ``wish`` is ``auto``, ``cuda`` or ``cpu``.
@@ -111,25 +109,3 @@ class Pace:
         if self._step_before is not None:
             self._step_before.synchronize()
         self._step_before = event
-
-
-class HostMemory:
-    """The memory of the device's host, for what leaves the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
-
-    def free_bytes(self) -> int:
-        """What may be taken: what is available beyond a reserve for the system and ourselves."""
-        memory = psutil.virtual_memory()
-        reserve_bytes = max(_LEAST_HOST_RESERVE_BYTES, round(_HOST_RESERVE_SHARE * memory.total))
-        return int(memory.available - reserve_bytes)
-
-    def release(self) -> None:
-        """Give back the pinned memory that torch keeps for later."""
-        if not self._on_cuda:
-            return
-        if hasattr(torch.accelerator, "empty_host_cache"):
-            torch.accelerator.empty_host_cache()
-        else:  # before torch 2.13
-            torch._C._host_emptyCache()

@@ -12,9 +12,10 @@ from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.engine import denoise
 from experimance_controlnet.engine.assets import AssetReader
 from experimance_controlnet.engine.conditioning import depth_to_control
-from experimance_controlnet.engine.device import DeviceMemory, HostMemory, Pace, choose_device
+from experimance_controlnet.engine.device import DeviceMemory, Pace, choose_device
 from experimance_controlnet.engine.graphs import Recorder
 from experimance_controlnet.engine.host_cache import HostCache, Parked
+from experimance_controlnet.engine.host_memory import HostMemory
 from experimance_controlnet.engine.lora import LoraFactors
 from experimance_controlnet.engine.model import SdxlModel
 from experimance_controlnet.engine.network.unet import ControlNetwork
