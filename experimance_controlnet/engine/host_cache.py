@@ -83,17 +83,19 @@ class HostCache:
         tensors = {} if before is None else dict(before.tensors)
         self._forget(asset)
         new = {key: tensor for key, tensor in at_rest.on_device.items() if key not in tensors}
+        reason: str | None = None
         try:
-            fits = not new or self._make_room(total_bytes(new))
-            if fits:
+            if not new or self.make_room(total_bytes(new)):
                 tensors |= copy_to_host(new, pin=self._pin)
+            else:
+                reason = "too little free memory of the host"
         except (MemoryError, RuntimeError) as error:
             if is_fatal(error):
                 raise
-            log.warning("parking_failed", **_named(asset), error=repr(error))
-            return False
-        if not fits:
-            log.info("not_parked", **_named(asset), reason="too little free memory of the host")
+            reason = repr(error)
+        if reason is not None:
+            log.warning("not_parked", **_named(asset), reason=reason)
+            self._release()  # what was pinned until it failed
             return False
         parked = Parked(at_rest.frame, at_rest.on_host | tensors)
         self._copies = {**self._copies, asset: parked}
@@ -124,8 +126,8 @@ class HostCache:
                 self._evict(other)
         self._release()
 
-    def _make_room(self, needed_bytes: int) -> bool:
-        """Drop nothing where all that could go does not suffice."""
+    def make_room(self, needed_bytes: int) -> bool:
+        """Drop copies until the bytes are free; none where all that may go do not suffice."""
         if self._free_bytes() >= needed_bytes:
             return True
         self._release()  # what was pinned before and is not needed now

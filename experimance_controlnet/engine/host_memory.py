@@ -24,9 +24,17 @@ _CGROUPS = (
 class HostMemory:
     """What is available beyond a reserve, within the limit of the container if there is one."""
 
-    def __init__(self, device: torch.device, cgroup: Path = Path("/sys/fs/cgroup")) -> None:
-        """``device``: whose copies pin memory. ``cgroup``: where a container finds its limits."""
+    def __init__(
+        self,
+        device: torch.device,
+        reserve_bytes: int = 0,
+        cgroup: Path = Path("/sys/fs/cgroup"),
+    ) -> None:
+        """``device``: whose copies pin memory. ``reserve_bytes`` are left for other uses than this,
+        beside the reserve for all. ``cgroup``: where a container finds its limits.
+        """
         self._on_cuda = device.type == "cuda"
+        self._reserve_bytes = reserve_bytes
         self._cgroup = cgroup
 
     def free_bytes(self) -> int:
@@ -38,7 +46,8 @@ class HostMemory:
             limit_bytes, used_bytes = limit
             total_bytes = min(total_bytes, limit_bytes)
             available_bytes = min(available_bytes, limit_bytes - used_bytes)
-        return available_bytes - max(_LEAST_RESERVE_BYTES, round(_RESERVE_SHARE * total_bytes))
+        reserve_bytes = max(_LEAST_RESERVE_BYTES, round(_RESERVE_SHARE * total_bytes))
+        return available_bytes - reserve_bytes - self._reserve_bytes
 
     def release(self) -> None:
         """Give back the pinned memory that torch keeps for later."""

@@ -29,7 +29,7 @@ from experimance_controlnet.engine.request import (
 )
 from experimance_controlnet.engine.residency import Residency
 from experimance_controlnet.engine.runner import GpuMemory, LoadSource, Stage
-from experimance_controlnet.engine.tiers import MemoryTier, choose_tier
+from experimance_controlnet.engine.tiers import PARKED, MemoryTier, choose_tier
 from experimance_controlnet.engine.vae import Frame
 from experimance_controlnet.engine.warmup import WarmUps
 
@@ -67,7 +67,7 @@ class SdxlRunner:
         self._recorder = Recorder(self._device, enabled=tier.records)
         self._reader = AssetReader(catalog, store, self._device, precision, tier, self._recorder)
         if host_cache is None and self._device.type == "cuda":
-            host = HostMemory(self._device)
+            host = HostMemory(self._device, tier.host_bytes)
             host_cache = HostCache(host.free_bytes, host.release, pin=True)
         self._host_cache = host_cache
         self._assets = Residency(
@@ -273,6 +273,8 @@ class SdxlRunner:
             state.tiled = True
             note = "vae_tiled"
         elif not model.parked:
+            if self._host_cache is not None:
+                self._host_cache.make_room(PARKED.host_bytes)
             model.park()
             note = "offloaded"
         if note is not None:

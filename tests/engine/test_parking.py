@@ -17,16 +17,26 @@ import torch
 
 from experimance_controlnet.catalog.specs import Catalog, Source
 from experimance_controlnet.catalog.store import ModelStore
+from experimance_controlnet.engine.engine import Engine
 from experimance_controlnet.engine.host_cache import HostCache
 from experimance_controlnet.engine.precision import EMULATED_FP8, FP32, Precision
 from experimance_controlnet.engine.request import Asset, PixelImage
 from experimance_controlnet.engine.sdxl import SdxlRunner
 from experimance_controlnet.engine.tiers import PARKED, RESIDENT, MemoryTier
 from experimance_controlnet.errors import ModelFileError
-from tests.engine.conftest import DEPTH, DRONE, TWO_ADAPTERS, draw_one, loaded
+from tests.engine.conftest import (
+    DEPTH,
+    DRONE,
+    TWO_ADAPTERS,
+    draw,
+    draw_one,
+    loaded,
+    make_request,
+)
 from tests.engine.oracle import all_equal
 
 GB = 10**9
+WAIT_S = 60.0
 SETS: tuple[dict[str, Any], ...] = (
     {"steps": 1, "adapters": ()},
     {"steps": 1, "adapters": DRONE, "control": DEPTH},
@@ -173,6 +183,24 @@ def _copies_of(runner: SdxlRunner, model: str) -> list[torch.Tensor]:
     cache = runner._host_cache
     assert cache is not None
     return list(cache._copies[Asset("model", model)].tensors.values())
+
+
+def test_it_comes_back_while_another_draws(catalog: Catalog, store: ModelStore) -> None:
+    runner = SdxlRunner(catalog, store, "cpu", host_cache=host())
+    requests = [make_request(model=model, adapters=DRONE) for model in ("lightning", "base")]
+    expected = [draw(runner, request)[0] for request in requests]
+    make_all_leave(runner)
+    engine = Engine(runner, queue_capacity=4, max_rows=8)
+    engine.start()
+    try:
+        engine.load("lightning").result(WAIT_S)
+        tickets = engine.submit(requests)
+        pictures = [ticket.future.result(WAIT_S).pixels for ticket in tickets]
+    finally:
+        engine.stop(timeout_s=1.0)
+    for picture, alone in zip(pictures, expected, strict=True):
+        assert all_equal([picture, alone])
+    assert {source for _, source in engine.model_loads()} == {"host"}
 
 
 def test_without_room_on_the_host_it_is_read_again(catalog: Catalog, store: ModelStore) -> None:

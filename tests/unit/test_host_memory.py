@@ -14,7 +14,7 @@ MB, GB = 10**6, 10**9
 
 
 def free_bytes(cgroup: Path) -> int:
-    return HostMemory(torch.device("cpu"), cgroup).free_bytes()
+    return HostMemory(torch.device("cpu"), cgroup=cgroup).free_bytes()
 
 
 def write(cgroup: Path, **files: str) -> None:
@@ -31,6 +31,11 @@ def test_a_reserve_stays_free(unlimited: int) -> None:
     memory = psutil.virtual_memory()
     expected = memory.available - max(4 * GB, 0.15 * memory.total)
     assert unlimited == pytest.approx(expected, abs=GB)
+
+
+def test_more_may_be_reserved(tmp_path: Path, unlimited: int) -> None:
+    host = HostMemory(torch.device("cpu"), reserve_bytes=7 * GB, cgroup=tmp_path)
+    assert host.free_bytes() == pytest.approx(unlimited - 7 * GB, abs=GB)
 
 
 def test_without_a_limit(tmp_path: Path, unlimited: int) -> None:
