@@ -125,15 +125,14 @@ class AssetReader:
     def wake(self, asset: Asset, parked: Parked) -> Any:
         """What reading the asset would return, from the host's memory."""
         on_host = self.living_on_host(asset)
-        self._count = count = ByteCount(parked.nbytes)
-
-        def place(key: Key, tensor: torch.Tensor) -> torch.Tensor:
-            count.add(tensor.nbytes)
+        self._count = ByteCount(parked.nbytes)
+        placed: dict[Key, torch.Tensor] = {}
+        for key, tensor in parked.tensors.items():
             # what is joined is copied to its place in the larger tensor
             stays = key[0] in on_host or JOINED.search(key[1])
-            return tensor if stays else copied_to(tensor, self._device)
-
-        built = parked.frame.build(parked.tensors, place)
+            placed[key] = tensor if stays else copied_to(tensor, self._device)
+            self._count.add(tensor.nbytes)
+        built = parked.frame.build(placed)  # while the copies are on their way
         match asset.kind:
             case "model":
                 built = self._model(asset.name, built)

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from experimance_controlnet.engine.faults import is_fatal, is_out_of_memory
 from experimance_controlnet.engine.original_layout import read_part
-from experimance_controlnet.engine.resting import Key, ModuleFrame, Placed, module_tensors
+from experimance_controlnet.engine.resting import Key, ModuleFrame, module_tensors
 from experimance_controlnet.engine.weights import (
     ByteCount,
     Placement,
@@ -72,9 +72,9 @@ class CheckpointFrame:
             {name: getattr(modules, name) for name in _TOKENIZERS},
         )
 
-    def build(self, tensors: Mapping[Key, torch.Tensor], place: Placed) -> SdxlModules:
-        """The modules anew, from the tensors of :func:`checkpoint_tensors`."""
-        parts: dict[str, Any] = {frame.name: frame.build(tensors, place) for frame in self.modules}
+    def build(self, tensors: Mapping[Key, torch.Tensor]) -> SdxlModules:
+        """The modules anew, around the tensors of :func:`checkpoint_tensors`."""
+        parts: dict[str, Any] = {frame.name: frame.build(tensors) for frame in self.modules}
         parts |= self.tokenizers
         return SdxlModules(**parts)
 

@@ -27,7 +27,7 @@ from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.engine.checkpoint import SdxlModules
 from experimance_controlnet.engine.faults import is_fatal, is_out_of_memory
 from experimance_controlnet.engine.kernels.merge import pad_rank
-from experimance_controlnet.engine.resting import AtRest, Key, Placed
+from experimance_controlnet.engine.resting import AtRest, Key
 from experimance_controlnet.errors import BadAdapterError, BadWeightsError
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
@@ -86,12 +86,11 @@ class LoraFrame:
     scales: Mapping[Key, float]
     """By component and path of the layer."""
 
-    def build(self, tensors: Mapping[Key, torch.Tensor], place: Placed) -> LoraFactors:
-        """The adapter anew, from the tensors of :meth:`LoraFactors.at_rest`."""
-        placed = {key: place(key, tensor) for key, tensor in tensors.items()}
+    def build(self, tensors: Mapping[Key, torch.Tensor]) -> LoraFactors:
+        """The adapter anew, around the tensors of :meth:`LoraFactors.at_rest`."""
         deltas: dict[str, dict[str, LowRankDelta]] = {component: {} for component in COMPONENTS}
         for (component, path), scale in self.scales.items():
-            down, up = placed[component, path + _DOWN], placed[component, path + _UP]
+            down, up = tensors[component, path + _DOWN], tensors[component, path + _UP]
             deltas[component][path] = LowRankDelta(down, up, scale)
         return LoraFactors(self.name, deltas)
 

@@ -4,7 +4,7 @@ frame that says what to build around them. Built anew, they are evaluated to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,15 +14,13 @@ from experimance_controlnet.engine.weights import build_configured, fill
 
 Key = tuple[str, str]
 """A component, such as ``unet``, and the name of a tensor in it."""
-Placed = Callable[[Key, torch.Tensor], torch.Tensor]
-"""The tensor at the place where it is evaluated."""
 
 
 class Frame(Protocol):
     """What an asset is beside its tensors; holds none."""
 
-    def build(self, tensors: Mapping[Key, torch.Tensor], place: Placed) -> Any:
-        """What reading the asset's files gives."""
+    def build(self, tensors: Mapping[Key, torch.Tensor]) -> Any:
+        """What reading the asset's files gives; the tensors become part of it."""
         ...
 
 
@@ -40,11 +38,12 @@ class ModuleFrame:
         """The frame of a module that ``weights.py`` has filled."""
         return cls(name, type(module), module.config)
 
-    def build(self, tensors: Mapping[Key, torch.Tensor], place: Placed) -> Any:
+    def build(self, tensors: Mapping[Key, torch.Tensor]) -> Any:
         """The module, with the tensors of its component as its weights."""
         module = build_configured(self.component, self.config)
-        own = {key: tensor for key, tensor in tensors.items() if key[0] == self.name}
-        fill(self.name, module, {key[1]: place(key, tensor) for key, tensor in own.items()})
+        fill(
+            self.name, module, {key[1]: own for key, own in tensors.items() if key[0] == self.name}
+        )
         return module
 
 

@@ -12,7 +12,7 @@ import torch
 from experimance_controlnet.engine.host_cache import HostCache, Parked, copy_to_host
 from experimance_controlnet.engine.request import Asset
 from experimance_controlnet.engine.residency import Residency
-from experimance_controlnet.engine.resting import AtRest, Key, Placed, total_bytes
+from experimance_controlnet.engine.resting import AtRest, Key, total_bytes
 
 KEY: Key = ("unet", "weight")
 A, B, C, D = (Asset("model", name) for name in "abcd")
@@ -22,7 +22,7 @@ LORA_OF_A = Asset("lora", "l", "a")
 class Whole:
     """A frame around nothing."""
 
-    def build(self, tensors: Mapping[Key, torch.Tensor], place: Placed) -> object:
+    def build(self, tensors: Mapping[Key, torch.Tensor]) -> object:
         return tensors
 
 
