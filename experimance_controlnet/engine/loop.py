@@ -131,8 +131,7 @@ class EngineLoop:
         if model in in_use or model in self.loads.models:
             waiter(ModelBusyError(f"Requests use the model {model}; try again later."))
             return
-        if model in (*self._runner.loaded_models, *self._runner.parked_models):
-            self._runner.unload(model)
+        self._runner.unload(model)
         waiter(None)
 
     # ---- admission --------------------------------------------------------------------------

@@ -115,7 +115,9 @@ class Runner(Protocol):
         """Take over what :meth:`load` returned; from now on the asset is on the device."""
 
     def unload(self, model: str) -> None:
-        """Free a model that no request uses, on the device and where it is parked."""
+        """Free a model that no request uses, and its LoRAs, on the device and where they are
+        parked; without effect where there is nothing of it.
+        """
 
     def admit(self, request: GenerationRequest, accepted_s: float) -> RequestState:
         """Everything about a request that is cheap and needs no device. Nothing is missing.

@@ -185,7 +185,9 @@ def _copies_of(runner: SdxlRunner, model: str) -> list[torch.Tensor]:
     return list(cache._copies[Asset("model", model)].tensors.values())
 
 
-def test_it_comes_back_while_another_draws(catalog: Catalog, store: ModelStore) -> None:
+def test_it_comes_back_while_another_draws(
+    catalog: Catalog, store: ModelStore, caplog: pytest.LogCaptureFixture
+) -> None:
     runner = SdxlRunner(catalog, store, "cpu", host_cache=host())
     requests = [make_request(model=model, adapters=DRONE) for model in ("lightning", "base")]
     expected = [draw(runner, request)[0] for request in requests]
@@ -201,6 +203,14 @@ def test_it_comes_back_while_another_draws(catalog: Catalog, store: ModelStore) 
     for picture, alone in zip(pictures, expected, strict=True):
         assert all_equal([picture, alone])
     assert {source for _, source in engine.model_loads()} == {"host"}
+    events = [" ".join(record.message.split()) for record in caplog.records]
+    for event, fields in (
+        ("model_parked", ("model=base", "parked_bytes=", "copied_bytes=", "seconds=")),
+        ("lora_parked", ("lora=drone",)),
+        ("model_loaded", ("model=base", "source=host", "load_s=")),
+        ("lora_loaded", ("lora=drone", "source=host")),
+    ):
+        assert any(event in line and all(field in line for field in fields) for line in events)
 
 
 def test_without_room_on_the_host_it_is_read_again(catalog: Catalog, store: ModelStore) -> None:
