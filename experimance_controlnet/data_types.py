@@ -349,6 +349,22 @@ class DownloadStatus(BaseModel):
 ServerStatus = Literal["starting", "loading_models", "ready", "draining", "error"]
 
 
+class LoadUnderWay(BaseModel):
+    """A model, ControlNet or LoRA that is wanted and on its way to the device."""
+
+    kind: Literal["model", "controlnet", "lora"]
+    name: str
+    source: Literal["disk", "host"] = Field(
+        description="host: it waits in the host's memory since it had to leave the GPU."
+    )
+    seconds: float | None = Field(
+        description="Since its load began; null while it waits for its turn, or for room."
+    )
+    share: float | None = Field(
+        description="How much of its bytes is there, about, 0 to 1; null where that is not known."
+    )
+
+
 class HealthResponse(BaseModel):
     """The answer of ``GET /checkhealth``; 503 where ``model_server_healthy`` is false."""
 
@@ -356,6 +372,10 @@ class HealthResponse(BaseModel):
     model_server_healthy: bool
     ready_for_inference: bool
     models_loaded: list[str]
+    models_parked: list[str] = Field(
+        description="Not on the GPU, but in the host's memory: they come back without the disk."
+    )
+    loading: list[LoadUnderWay] = Field(description="What comes next first.")
     memory_usage: MemoryUse
     uptime: float = Field(description="Seconds since the start.")
     queue_depth: int = Field(description="Images accepted and not yet finished.")

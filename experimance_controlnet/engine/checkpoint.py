@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from experimance_controlnet.engine.faults import is_fatal, is_out_of_memory
 from experimance_controlnet.engine.original_layout import read_part
+from experimance_controlnet.engine.resting import Key, ModuleFrame, module_tensors
 from experimance_controlnet.engine.weights import (
+    ByteCount,
     Placement,
     build_empty,
     fill,
@@ -55,18 +57,49 @@ class SdxlModules:
     tokenizer_2: CLIPTokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointFrame:
+    """An SDXL checkpoint without its tensors."""
+
+    modules: Sequence[ModuleFrame]
+    tokenizers: Mapping[str, CLIPTokenizer]
+
+    @classmethod
+    def of(cls, modules: SdxlModules) -> CheckpointFrame:
+        """The frame of modules that were read."""
+        return cls(
+            [ModuleFrame.of(name, getattr(modules, name)) for name in _COMPONENTS],
+            {name: getattr(modules, name) for name in _TOKENIZERS},
+        )
+
+    def build(self, tensors: Mapping[Key, torch.Tensor]) -> SdxlModules:
+        """The modules anew, around the tensors of :func:`checkpoint_tensors`."""
+        parts: dict[str, Any] = {frame.name: frame.build(tensors) for frame in self.modules}
+        parts |= self.tokenizers
+        return SdxlModules(**parts)
+
+
+def checkpoint_tensors(modules: SdxlModules) -> dict[Key, torch.Tensor]:
+    """All weights, where they are."""
+    tensors: dict[Key, torch.Tensor] = {}
+    for name in _COMPONENTS:
+        tensors |= module_tensors(name, getattr(modules, name))
+    return tensors
+
+
 def load_checkpoint(
     source: Path,
     base: Path | None,
     device: torch.device,
     dtype: torch.dtype,
     parked: Collection[str] = (),
+    count: ByteCount | None = None,
 ) -> SdxlModules:
     """Read an SDXL model.
 
     ``source``: a diffusers folder, or a ``.safetensors`` file in the original SDXL layout.
     ``base``: the diffusers folder that supplies what ``source`` lacks. ``parked``: the components
-    that stay in the host's memory.
+    that stay in the host's memory. ``count`` learns of what is read.
 
     Raises:
         BadWeightsError: a file is missing, damaged or does not fit its configuration.
@@ -77,7 +110,8 @@ def load_checkpoint(
         parts: dict[str, Any] = {}
         for name in _COMPONENTS:
             place = torch.device("cpu") if name in parked else device
-            parts[name] = _load_part(name, source, _holding(name, folders), place, dtype)
+            placement = Placement(place, dtype, JOINED if name == "unet" else None, count)
+            parts[name] = _load_part(name, source, _holding(name, folders), placement)
         for name in _TOKENIZERS:
             parts[name] = CLIPTokenizer.from_pretrained(
                 _holding(name, folders), local_files_only=True
@@ -86,7 +120,9 @@ def load_checkpoint(
     return SdxlModules(**parts)
 
 
-def load_controlnet(folder: Path, device: torch.device, dtype: torch.dtype) -> ControlNetModel:
+def load_controlnet(
+    folder: Path, device: torch.device, dtype: torch.dtype, count: ByteCount | None = None
+) -> ControlNetModel:
     """Read a ControlNet in diffusers' layout.
 
     Raises:
@@ -96,7 +132,8 @@ def load_controlnet(folder: Path, device: torch.device, dtype: torch.dtype) -> C
     with _as_bad_weights(folder):
         controlnet: ControlNetModel = build_empty(ControlNetModel, folder)
         files = weight_files(ControlNetModel, folder)
-        fill(folder.name, controlnet, read_tensors(files, Placement(device, dtype, JOINED)))
+        placement = Placement(device, dtype, JOINED, count)
+        fill(folder.name, controlnet, read_tensors(files, placement))
     _log_speed(folder, [controlnet], started_s)
     return controlnet
 
@@ -134,17 +171,14 @@ def _holding(part: str, folders: list[Path]) -> Path:
     )
 
 
-def _load_part(
-    name: str, source: Path, folder: Path, device: torch.device, dtype: torch.dtype
-) -> Any:
+def _load_part(name: str, source: Path, folder: Path, placement: Placement) -> Any:
     """One component: its configuration is in ``folder``, and so are its weights, unless ``source``
     is one file with everything.
     """
     component = _COMPONENTS[name]
     module = build_empty(component, folder)
     if name == "vae":
-        dtype = _vae_dtype(module, dtype)
-    placement = Placement(device, dtype, JOINED if name == "unet" else None)
+        placement = replace(placement, dtype=_vae_dtype(module, placement.dtype))
     if source.is_dir():
         tensors = read_tensors(weight_files(component, folder), placement)
     else:

@@ -16,20 +16,37 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import structlog
 
 from experimance_controlnet.engine.batcher import Batcher, NewBatchPolicy
 from experimance_controlnet.engine.faults import as_worker_error
-from experimance_controlnet.engine.loading import LoadTotal
+from experimance_controlnet.engine.loading import Loading, LoadTotal
 from experimance_controlnet.engine.loop import EngineLoop, Inbox, in_short
-from experimance_controlnet.engine.request import Asset, GenerationRequest, ProgressListener
-from experimance_controlnet.engine.runner import GpuMemory, Runner
+from experimance_controlnet.engine.request import (
+    Asset,
+    AssetKind,
+    GenerationRequest,
+    ProgressListener,
+)
+from experimance_controlnet.engine.runner import GpuMemory, LoadSource, Runner
 from experimance_controlnet.engine.tickets import Ledger, Ticket
 from experimance_controlnet.errors import DrainingError, EngineDeadError, WorkerError
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """A model, ControlNet or LoRA on its way."""
+
+    kind: AssetKind
+    name: str
+    source: LoadSource
+    seconds: float | None
+    """Since it was begun; None: it waits for its turn, or for room."""
+    share: float | None
+    """0..1: how much of it is there, about; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +58,11 @@ class EngineHealth:
     """Busy, and no heartbeat for longer than the watchdog allows."""
     draining: bool
     models_loaded: tuple[str, ...]
+    models_parked: tuple[str, ...]
+    """They come back without the disk."""
     models_loading: tuple[str, ...]
+    loading: tuple[LoadProgress, ...]
+    """These and all else that is on its way to the device, in order."""
     queue_depth: int
     """Images accepted and not finished."""
     queue_workload: float
@@ -145,13 +166,15 @@ class Engine:
             hung=bool(tickets) and silent_s > self._watchdog_s,
             draining=self._draining,
             models_loaded=self._runner.loaded_models,
+            models_parked=self._runner.parked_models,
             models_loading=self._loop.loads.models,
+            loading=tuple(map(self._progress, self._loop.loads.under_way)),
             queue_depth=len(tickets),
             queue_workload=sum(ticket.request.workload for ticket in tickets),
             last_error=self._death or self._loop.last_error,
         )
 
-    def holds(self, kind: Literal["model", "controlnet", "lora"], name: str) -> bool:
+    def holds(self, kind: AssetKind, name: str) -> bool:
         """Whether it is in memory: of a LoRA, for one of the models that are. A snapshot."""
         models = self._runner.loaded_models
         if kind == "model":
@@ -160,8 +183,15 @@ class Engine:
             return self._runner.has(Asset(kind, name))
         return any(self._runner.has(Asset(kind, name, model)) for model in models)
 
-    def model_loads(self) -> dict[str, LoadTotal]:
-        """How often each model was read, and how long that took."""
+    def _progress(self, loading: Loading) -> LoadProgress:
+        kind, name, source = loading.asset.kind, loading.asset.name, loading.source
+        if loading.begun_s is None:
+            return LoadProgress(kind, name, source, None, None)
+        seconds = self._clock() - loading.begun_s
+        return LoadProgress(kind, name, source, seconds, self._runner.load_share)
+
+    def model_loads(self) -> dict[tuple[str, LoadSource], LoadTotal]:
+        """How often each model was brought from where, and how long that took."""
         return dict(self._loop.loads.totals)
 
     @property

@@ -22,7 +22,7 @@ from experimance_controlnet.engine.request import (
     PixelImage,
     RequestState,
 )
-from experimance_controlnet.engine.runner import GpuMemory, PendingFrame, Stage
+from experimance_controlnet.engine.runner import GpuMemory, LoadSource, PendingFrame, Stage
 from experimance_controlnet.engine.schedulers import make_scheduler
 
 Fault = Callable[[str, list[GenerationRequest]], None]
@@ -62,12 +62,14 @@ class FakeRunner:
     ``fault(operation, requests)`` is called before each of ``make_room``, ``load`` and ``warm_up``
     (without requests), ``admit``, ``prepare``, ``predict``, ``advance``, ``decode`` and ``result``
     of a frame: raise in it to make that fail. ``remedies`` are what :meth:`relieve` can do for each
-    request, in order; ``room(asset, in_use)`` is what :meth:`make_room` says.
+    request, in order; ``room(asset, in_use)`` is what :meth:`make_room` says. ``parked`` are models
+    that wait in the host's memory at first.
     """
 
     device_name = "fake"
     precision = "fp32"
     memory_tier = "resident"
+    load_share: float | None = 0.5
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class FakeRunner:
         fault: Fault = lambda operation, requests: None,
         remedies: Sequence[str] = (),
         room: Callable[[Asset, Collection[Asset]], bool] = lambda asset, in_use: True,
+        parked: Sequence[str] = (),
     ) -> None:
         self._step_s = step_s
         self._load_s = load_s
@@ -86,12 +89,17 @@ class FakeRunner:
         self._remedies = remedies
         self._room = room
         self._models: list[str] = []
+        self._parked = list(parked)
         self.batches: list[list[str]] = []
         """Request ids of each evaluation."""
 
     @property
     def loaded_models(self) -> tuple[str, ...]:
         return tuple(self._models)
+
+    @property
+    def parked_models(self) -> tuple[str, ...]:
+        return tuple(self._parked)
 
     def gpu_memory(self) -> GpuMemory | None:
         return None
@@ -102,6 +110,9 @@ class FakeRunner:
 
     def has(self, asset: Asset) -> bool:
         return asset.name in self._models
+
+    def source(self, asset: Asset) -> LoadSource:
+        return "host" if asset.name in self._parked else "disk"
 
     def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
         self._fault("make_room", [])
@@ -114,9 +125,11 @@ class FakeRunner:
 
     def install(self, asset: Asset, loaded: Any) -> None:
         self._models.append(asset.name)
+        self._parked = [model for model in self._parked if model != asset.name]
 
     def unload(self, model: str) -> None:
-        self._models.remove(model)
+        self._models = [other for other in self._models if other != model]
+        self._parked = [other for other in self._parked if other != model]
 
     def admit(self, request: GenerationRequest, accepted_s: float) -> RequestState:
         self._fault("admit", [request])

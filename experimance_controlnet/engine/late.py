@@ -15,7 +15,7 @@ from experimance_controlnet.engine.request import (
     GenerationRequest,
     RequestState,
 )
-from experimance_controlnet.engine.runner import GpuMemory, PendingFrame, Runner, Stage
+from experimance_controlnet.engine.runner import GpuMemory, LoadSource, PendingFrame, Runner, Stage
 
 log = structlog.get_logger()
 
@@ -71,6 +71,10 @@ class LateRunner:
     def loaded_models(self) -> tuple[str, ...]:
         return () if self._made is None else self._made.loaded_models
 
+    @property
+    def parked_models(self) -> tuple[str, ...]:
+        return () if self._made is None else self._made.parked_models
+
     def gpu_memory(self) -> GpuMemory | None:
         return None if self._made is None else self._made.gpu_memory()
 
@@ -79,6 +83,13 @@ class LateRunner:
 
     def has(self, asset: Asset) -> bool:
         return self._made is not None and self._made.has(asset)
+
+    def source(self, asset: Asset) -> LoadSource:
+        return self._runner.source(asset)
+
+    @property
+    def load_share(self) -> float | None:
+        return None if self._made is None else self._made.load_share
 
     def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
         return self._runner.make_room(asset, in_use)

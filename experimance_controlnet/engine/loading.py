@@ -17,7 +17,7 @@ import structlog
 
 from experimance_controlnet.engine.faults import attempt, drop_frames, is_fatal, is_out_of_memory
 from experimance_controlnet.engine.request import Asset
-from experimance_controlnet.engine.runner import Runner
+from experimance_controlnet.engine.runner import LoadSource, Runner
 
 log = structlog.get_logger()
 
@@ -27,10 +27,20 @@ Waiter = Callable[[Exception | None], None]
 
 @dataclass(frozen=True, slots=True)
 class LoadTotal:
-    """How often a model was read into memory, and the seconds that took in all."""
+    """How often a model was brought to the device, and the seconds that took in all."""
 
     count: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What is on its way."""
+
+    asset: Asset
+    source: LoadSource
+    begun_s: float | None
+    """By the clock; None: it waits for its turn or for room."""
 
 
 class Loads:
@@ -42,10 +52,11 @@ class Loads:
         post: Callable[[Callable[[], None]], None],
         needed_beside: Callable[[Asset], set[Asset]],
         others_run: Callable[[], bool],
+        clock: Callable[[], float],
     ) -> None:
         """``post`` puts work into the engine's inbox; it is the only thing that the reading thread
         calls. ``needed_beside`` says what must stay in memory when an asset comes, ``others_run``
-        whether requests are under way: when they end, more can leave.
+        whether requests are under way: when they end, more can leave. ``clock`` in seconds.
         """
         self._runner = runner
         self._post = post
@@ -55,8 +66,22 @@ class Loads:
         self._reading: Asset | None = None
         self.short_of_room = False
         """The next asset waits until no request is under way; then call :meth:`resume`."""
-        self.totals: dict[str, LoadTotal] = {}
-        """By model, for statistics. Copy it on another thread, do not iterate."""
+        self.totals: dict[tuple[str, LoadSource], LoadTotal] = {}
+        """By model and where it came from, for statistics. Copy it on another thread, do not
+        iterate."""
+        self._clock = clock
+        self._begun: Loading | None = None  # the latest
+
+    @property
+    def under_way(self) -> tuple[Loading, ...]:
+        """All that is wanted and not on the device yet, in order. Safe on any thread."""
+        begun, reading = self._begun, self._reading
+        return tuple(
+            begun
+            if begun is not None and begun.asset == reading == asset
+            else Loading(asset, self._runner.source(asset), begun_s=None)
+            for asset in tuple(self._waiters)
+        )
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -107,6 +132,7 @@ class Loads:
         error = attempt(partial(self._make_room, asset))
         if self.short_of_room:
             return
+        self._begun = Loading(asset, self._runner.source(asset), self._clock())
         self._reading = asset
         if error is not None:  # it ends those who wait for this, and nobody else
             self._post(partial(self._done, asset, [], error))
@@ -132,10 +158,13 @@ class Loads:
         self._post(partial(self._done, asset, found, failure))
 
     def _count(self, asset: Asset, load_s: float) -> None:
+        assert self._begun is not None and self._begun.asset == asset
+        source = self._begun.source
         if asset.kind == "model":
-            total = self.totals.get(asset.name, LoadTotal())
-            self.totals[asset.name] = LoadTotal(total.count + 1, total.seconds + load_s)
-        fields = {asset.kind: asset.name, "load_s": round(load_s, 3)}
+            total = self.totals.get((asset.name, source), LoadTotal())
+            total = LoadTotal(total.count + 1, total.seconds + load_s)
+            self.totals[asset.name, source] = total
+        fields = {asset.kind: asset.name, "source": source, "load_s": round(load_s, 3)}
         log.info(f"{asset.kind}_loaded", **fields)
 
     def _done(self, asset: Asset, found: list[Any], error: BaseException | None) -> None:

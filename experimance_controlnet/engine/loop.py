@@ -60,7 +60,9 @@ class EngineLoop:
         self._waiting: dict[Ticket, Waiter | None] = {}  # for a load, in order of acceptance
         self._held: list[Ticket] = []  # of these, until what runs has made room for a load
         self._warming_up = False  # the last beat prepared something, and there is more
-        self.loads = Loads(runner, inbox.put, self._needed_beside, lambda: bool(self._tickets))
+        self.loads = Loads(
+            runner, inbox.put, self._needed_beside, lambda: bool(self._tickets), clock
+        )
         """Its properties are safe on any thread."""
         self.beat_s = math.inf
         """When it last showed life; before it has begun to beat, it cannot have stopped. Safe on
@@ -130,8 +132,7 @@ class EngineLoop:
         if model in in_use or coming:
             waiter(ModelBusyError(f"Requests use the model {model}; try again later."))
             return
-        if model in self._runner.loaded_models:
-            self._runner.unload(model)
+        self._runner.unload(model)
         waiter(None)
 
     # ---- admission --------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.engine.checkpoint import SdxlModules
 from experimance_controlnet.engine.faults import is_fatal, is_out_of_memory
 from experimance_controlnet.engine.kernels.merge import pad_rank
+from experimance_controlnet.engine.resting import AtRest, Key
 from experimance_controlnet.errors import BadAdapterError, BadWeightsError
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
@@ -61,6 +62,37 @@ class LoraFactors:
     def touches_text(self) -> bool:
         """Whether prompts encode differently under it."""
         return any(self.deltas[component] for component in COMPONENTS if component != "unet")
+
+    def at_rest(self) -> AtRest:
+        """The factors by component, and by the layer's path with ``_DOWN`` or ``_UP`` behind it."""
+        tensors: dict[Key, torch.Tensor] = {}
+        for component, path, delta in self._layers():
+            tensors[component, path + _DOWN] = delta.down
+            tensors[component, path + _UP] = delta.up
+        scales = {(component, path): delta.scale for component, path, delta in self._layers()}
+        return AtRest(LoraFrame(self.name, scales), tensors, on_host={})
+
+    def _layers(self) -> Iterator[tuple[str, str, LowRankDelta]]:
+        for component, deltas in self.deltas.items():
+            for path, delta in deltas.items():
+                yield component, path, delta
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFrame:
+    """An adapter without its factors."""
+
+    name: str
+    scales: Mapping[Key, float]
+    """By component and path of the layer."""
+
+    def build(self, tensors: Mapping[Key, torch.Tensor]) -> LoraFactors:
+        """The adapter anew, around the tensors of :meth:`LoraFactors.at_rest`."""
+        deltas: dict[str, dict[str, LowRankDelta]] = {component: {} for component in COMPONENTS}
+        for (component, path), scale in self.scales.items():
+            down, up = tensors[component, path + _DOWN], tensors[component, path + _UP]
+            deltas[component][path] = LowRankDelta(down, up, scale)
+        return LoraFactors(self.name, deltas)
 
 
 def load_lora(name: str, path: Path, modules: SdxlModules, device: torch.device) -> LoraFactors:

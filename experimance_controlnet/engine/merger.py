@@ -49,6 +49,12 @@ class AdapterMerger:
         """What the copies take, wherever they lie."""
         return sum(copy.nbytes for copy in self._pristine.values())
 
+    def pristine_weights(self) -> dict[str, torch.Tensor]:
+        """What the weights of all layers that were ever touched are without adapters, by their
+        names in the module's state. Nobody writes them.
+        """
+        return {f"{path}.weight": copy for path, copy in self._pristine.items()}
+
     def on_write(self, listener: Callable[[], None]) -> None:
         """Have ``listener`` called whenever weights were written: who holds what was made of them
         makes it anew. If it fails, the adapters do not count as merged.
@@ -108,7 +114,8 @@ class AdapterMerger:
             self._plans.clear()
             layer = self._module.get_submodule(path)
             weight = _weight(layer)
-            self._pristine[path] = to_host(weight) if self._parked else weight.clone()
+            with torch.inference_mode(False):  # or it could not become a parameter again
+                self._pristine[path] = to_host(weight) if self._parked else weight.clone()
             self._layers[path] = layer
             self._places.append(_place(layer))
 

@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from experimance_controlnet.catalog.specs import ModelSpec
-from experimance_controlnet.engine.checkpoint import SdxlModules
+from experimance_controlnet.engine.checkpoint import (
+    CheckpointFrame,
+    SdxlModules,
+    checkpoint_tensors,
+)
 from experimance_controlnet.engine.conditioning import PromptEncoder
 from experimance_controlnet.engine.denoise import StepProgram, StepShape, shape_of
 from experimance_controlnet.engine.graphs import ProgramCache, Recorder
@@ -17,6 +21,7 @@ from experimance_controlnet.engine.network.decoder import VaeDecoder
 from experimance_controlnet.engine.network.unet import ControlNetwork, UnetNetwork
 from experimance_controlnet.engine.precision import Precision
 from experimance_controlnet.engine.request import Conditioning, GenerationRequest, RequestState
+from experimance_controlnet.engine.resting import AtRest, Key
 from experimance_controlnet.engine.schedulers import (
     NoiseScheduler,
     make_scheduler,
@@ -150,6 +155,20 @@ class SdxlModel:
             for merger in self._mergers.values():
                 merger.park()
             self.parked = True
+
+    def at_rest(self) -> AtRest:
+        """What the model is without adapters, whatever is merged; nothing is written."""
+        on_device: dict[Key, torch.Tensor] = {}
+        on_host: dict[Key, torch.Tensor] = {}
+        pristine = {
+            (component, name): weight
+            for component, merger in self._mergers.items()
+            for name, weight in merger.pristine_weights().items()
+        }
+        for key, live in checkpoint_tensors(self.modules).items():
+            waits = self.parked and (key in pristine or key[0] in TEXT_ENCODERS)
+            (on_host if waits else on_device)[key] = pristine.get(key, live)
+        return AtRest(CheckpointFrame.of(self.modules), on_device, on_host)
 
     def forget(self, adapter: LoraFactors) -> None:
         """Give up all hold on an adapter that leaves memory."""

@@ -84,11 +84,14 @@ class GenerationRequest:
         return tuple(assets)
 
 
+AssetKind = Literal["model", "controlnet", "lora"]
+
+
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """Something that has to be in memory before a request can begin."""
+    """Something that has to be on the device before a request can begin."""
 
-    kind: Literal["model", "controlnet", "lora"]
+    kind: AssetKind
     name: str
     model: str | None = None
     """The model that a LoRA is for: it is read against its modules. None for the other kinds."""

@@ -20,11 +20,13 @@ class Residency:
         free_bytes: Callable[[], int],
         release: Callable[[], None],
         forget: Callable[[Asset, Any], None] = lambda asset, thing: None,
+        park: Callable[[Asset, Any], object] = lambda asset, thing: None,
     ) -> None:
         """``free_bytes`` measures, ``release`` gives the memory of what was dropped back;
         ``forget`` is told of each thing that is about to leave, but for LoRAs that leave with their
         model.
         """
+        self._park = park  # is given what leaves for want of room before it does
         self._free_bytes = free_bytes
         self._release = release
         self._forget = forget
@@ -61,11 +63,20 @@ class Residency:
         self._release()
         log.info(f"{asset.kind}_unloaded", **{asset.kind: asset.name})
 
+    def _make_leave(self, asset: Asset) -> None:
+        """Drop it, after what leaves with it was parked; both may come back."""
+        loras = [
+            lora for lora in self._things if asset.kind == "model" and lora.model == asset.name
+        ]
+        for leaving in [*loras, asset]:
+            self._park(leaving, self._things[leaving])
+        self.drop(asset)
+
     def drop_idle(self, in_use: Collection[Asset]) -> None:
         """Let everything go that is not in use."""
         for asset in tuple(self._things):  # not the dict, which would keep what is dropped
             if asset in self._things and asset not in in_use:
-                self.drop(asset)
+                self._make_leave(asset)
 
     def make_room(self, needed_bytes: int, in_use: Collection[Asset]) -> bool:
         """Drop idle assets until the bytes are free; False where that does not suffice."""
@@ -73,7 +84,7 @@ class Residency:
             if self._free_bytes() >= needed_bytes:
                 return True
             if asset in self._things and asset not in in_use:
-                self.drop(asset)
+                self._make_leave(asset)
         return self._free_bytes() >= needed_bytes
 
     def _without(self, assets: Collection[Asset]) -> dict[Asset, Any]:

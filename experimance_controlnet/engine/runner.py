@@ -28,6 +28,8 @@ class GpuMemory:
     total_bytes: int
 
 
+LoadSource = Literal["disk", "host"]
+
 Stage = Literal["prepare", "predict", "decode"]
 """What can be done again: nothing of the request has changed when it fails."""
 
@@ -67,7 +69,11 @@ class Runner(Protocol):
 
     @property
     def loaded_models(self) -> tuple[str, ...]:
-        """Names of the models in memory."""
+        """Names of the models on the device, ready to use."""
+
+    @property
+    def parked_models(self) -> tuple[str, ...]:
+        """Names of the models that wait in the host's memory and come back without the disk."""
 
     def gpu_memory(self) -> GpuMemory | None:
         """None without a GPU. Safe on any thread."""
@@ -76,18 +82,26 @@ class Runner(Protocol):
         """The next thing to load before the request can begin, its model first; None: nothing."""
 
     def has(self, asset: Asset) -> bool:
-        """Whether it is in memory."""
+        """Whether it is on the device."""
+
+    def source(self, asset: Asset) -> LoadSource:
+        """Where :meth:`load` would take it from."""
+
+    @property
+    def load_share(self) -> float | None:
+        """0..1: how much of what :meth:`load` brings is there, about; None: that is not known."""
 
     def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
-        """Drop what is not in use, least recently used first, until the asset fits. False: by
-        estimate it does not.
+        """Make what is not in use leave the device, least recently used first, until the asset
+        fits. False: by estimate it does not. What leaves is parked where the host has room.
 
         Raises:
             ModelFileError: its files are missing.
         """
 
     def load(self, asset: Asset) -> Any:
-        """Read it. Slow; runs on the loader's thread while the engine goes on.
+        """Read it, or bring it back from where it is parked. Slow; runs on the loader's thread
+        while the engine goes on.
 
         The libraries swap process-wide settings while they inject a LoRA (how parameters are
         registered), so nothing but this method may load, and never two at a time.
@@ -98,10 +112,12 @@ class Runner(Protocol):
         """
 
     def install(self, asset: Asset, loaded: Any) -> None:
-        """Take over what :meth:`load` returned; from now on the asset is in memory."""
+        """Take over what :meth:`load` returned; from now on the asset is on the device."""
 
     def unload(self, model: str) -> None:
-        """Free a model that no request uses."""
+        """Free a model that no request uses, and its LoRAs, on the device and where they are
+        parked; without effect where there is nothing of it.
+        """
 
     def admit(self, request: GenerationRequest, accepted_s: float) -> RequestState:
         """Everything about a request that is cheap and needs no device. Nothing is missing.

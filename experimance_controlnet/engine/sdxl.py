@@ -14,6 +14,8 @@ from experimance_controlnet.engine.assets import AssetReader
 from experimance_controlnet.engine.conditioning import depth_to_control
 from experimance_controlnet.engine.device import DeviceMemory, Pace, choose_device
 from experimance_controlnet.engine.graphs import Recorder
+from experimance_controlnet.engine.host_cache import HostCache, Parked
+from experimance_controlnet.engine.host_memory import HostMemory
 from experimance_controlnet.engine.lora import LoraFactors
 from experimance_controlnet.engine.model import SdxlModel
 from experimance_controlnet.engine.network.unet import ControlNetwork
@@ -26,8 +28,8 @@ from experimance_controlnet.engine.request import (
     RequestState,
 )
 from experimance_controlnet.engine.residency import Residency
-from experimance_controlnet.engine.runner import GpuMemory, Stage
-from experimance_controlnet.engine.tiers import MemoryTier, choose_tier
+from experimance_controlnet.engine.runner import GpuMemory, LoadSource, Stage
+from experimance_controlnet.engine.tiers import PARKED, MemoryTier, choose_tier
 from experimance_controlnet.engine.tiling import needs_tiles
 from experimance_controlnet.engine.vae import Frame
 from experimance_controlnet.engine.warmup import WarmUps
@@ -44,11 +46,13 @@ class SdxlRunner:
         precision: str | Precision = "auto",
         tier: str | MemoryTier = "auto",
         memory_limit_bytes: int | None = None,
+        host_cache: HostCache | None = None,
     ) -> None:
         """The store holds the files already: fetching them is not the runner's job.
 
         ``precision`` and ``tier``: wishes, see :func:`choose_precision` and :func:`choose_tier`, or
-        taken as they are. ``memory_limit_bytes``: see :class:`DeviceMemory`.
+        taken as they are. ``memory_limit_bytes``: see :class:`DeviceMemory`. ``host_cache``: where
+        what leaves the device waits; None: in the host's memory, unless the device is a CPU.
 
         Raises:
             SettingsError: there is no such device, or not with that precision or memory.
@@ -63,7 +67,13 @@ class SdxlRunner:
         self._tier = tier
         self._recorder = Recorder(self._device, enabled=tier.records)
         self._reader = AssetReader(catalog, store, self._device, precision, tier, self._recorder)
-        self._assets = Residency(self._memory.free_bytes, self._memory.release, self._forget)
+        if host_cache is None and self._device.type == "cuda":
+            host = HostMemory(self._device, tier.host_bytes)
+            host_cache = HostCache(host.free_bytes, host.release, pin=True)
+        self._host_cache = host_cache
+        self._assets = Residency(
+            self._memory.free_bytes, self._memory.release, self._forget, self._park
+        )
         self._pace = Pace(self._device)
         self._warm_ups = WarmUps(self)
 
@@ -85,6 +95,10 @@ class SdxlRunner:
     def loaded_models(self) -> tuple[str, ...]:
         return self._assets.names("model")
 
+    @property
+    def parked_models(self) -> tuple[str, ...]:
+        return () if self._host_cache is None else self._host_cache.names("model")
+
     def gpu_memory(self) -> GpuMemory | None:
         return self._memory.use()
 
@@ -96,13 +110,29 @@ class SdxlRunner:
     def has(self, asset: Asset) -> bool:
         return asset in self._assets
 
+    def source(self, asset: Asset) -> LoadSource:
+        return "disk" if self._find_parked(asset) is None else "host"
+
+    @property
+    def load_share(self) -> float | None:
+        return self._reader.share
+
     def make_room(self, asset: Asset, in_use: Collection[Asset]) -> bool:
-        needed_bytes = self._reader.needed_bytes(asset)
+        parked = self._find_parked(asset)
+        if parked is None:
+            needed_bytes = self._reader.needed_bytes(asset)
+        else:
+            needed_bytes = self._reader.bytes_to_wake(asset, parked)
+        if self._host_cache is not None:
+            self._host_cache.expect(asset)
         if self._memory.free_bytes() < needed_bytes:
             self.release_memory()  # graphs are made again sooner than anything is read
         return self._assets.make_room(needed_bytes, in_use)
 
     def load(self, asset: Asset) -> Any:
+        parked = self._find_parked(asset)
+        if parked is not None:
+            return self._reader.wake(asset, parked)
         match asset.kind:
             case "model":
                 return self._reader.read_model(asset.name)
@@ -115,6 +145,8 @@ class SdxlRunner:
 
     def install(self, asset: Asset, loaded: Any) -> None:
         self._assets.add(asset, loaded)
+        if self._host_cache is not None:
+            self._host_cache.came_back(asset, self._reader.living_on_host(asset))
         match asset.kind:
             case "model":
                 self._plan_warm_up(asset.name)
@@ -123,7 +155,17 @@ class SdxlRunner:
                     self._plan_warm_up(model)
 
     def unload(self, model: str) -> None:
-        self._assets.drop(Asset("model", model))
+        asset = Asset("model", model)
+        if asset in self._assets:
+            self._assets.drop(asset)
+        if self._host_cache is not None:
+            self._host_cache.drop(asset)
+
+    def _find_parked(self, asset: Asset) -> Parked | None:
+        return None if self._host_cache is None else self._host_cache.find(asset)
+
+    def _park(self, asset: Asset, thing: Any) -> bool:
+        return self._host_cache is not None and self._host_cache.park(asset, thing.at_rest())
 
     def _forget(self, asset: Asset, thing: Any) -> None:
         """Nothing else may keep what leaves memory alive."""
@@ -233,6 +275,8 @@ class SdxlRunner:
             state.tiled = True
             note = "vae_tiled"
         elif not model.parked:
+            if self._host_cache is not None:
+                self._host_cache.make_room(PARKED.host_bytes)
             model.park()
             note = "offloaded"
         if note is not None:

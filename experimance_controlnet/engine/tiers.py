@@ -26,11 +26,13 @@ class MemoryTier:
     """Large pictures are decoded in tiles."""
     working_bytes: int
     """What pictures take beside a model's weights, with a margin."""
+    host_bytes: int = 0
+    """What a model may come to take of the host's memory while it is in service."""
 
 
 RESIDENT = MemoryTier("resident", False, True, False, 3 * GB)
-PARKED = MemoryTier("parked", True, True, False, 3 * GB)
-MINIMAL = MemoryTier("minimal", True, False, True, 1 * GB)
+PARKED = MemoryTier("parked", True, True, False, 3 * GB, 8 * GB)
+MINIMAL = MemoryTier("minimal", True, False, True, 1 * GB, 8 * GB)
 
 _TIERS: dict[str, MemoryTier] = {tier.name: tier for tier in (RESIDENT, PARKED, MINIMAL)}
 _RESIDENT_FROM_BYTES, _PARKED_FROM_BYTES = 16 * GB, 10 * GB

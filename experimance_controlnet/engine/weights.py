@@ -26,6 +26,24 @@ Tensors = dict[str, torch.Tensor]
 _VARIANTS = ("", ".fp16")  # in order of preference
 
 
+class ByteCount:
+    """How far a load is. Written by the thread that loads, read by any."""
+
+    def __init__(self, total: int) -> None:
+        """``total`` bytes are expected, about."""
+        self._total = total
+        self._placed = 0
+
+    def add(self, placed: int) -> None:
+        """So many bytes more are where they belong."""
+        self._placed += placed
+
+    @property
+    def share(self) -> float:
+        """0..1"""
+        return min(1.0, self._placed / max(1, self._total))
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where weights go, and in which precision."""
@@ -34,6 +52,8 @@ class Placement:
     dtype: torch.dtype
     waiting: re.Pattern[str] | None = None
     """Names of tensors in files that stay in the host's memory for now."""
+    count: ByteCount | None = None
+    """Is told of each tensor."""
 
     def device_of(self, name: str) -> torch.device:
         """Where the tensor of that name goes."""
@@ -47,7 +67,10 @@ class Placement:
         """
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-        return tensor.to(dtype=dtype, memory_format=layout)
+        placed = tensor.to(dtype=dtype, memory_format=layout)
+        if self.count is not None:
+            self.count.add(tensor.nbytes)
+        return placed
 
 
 def build_empty(component: Any, folder: Path) -> Any:
@@ -55,13 +78,20 @@ def build_empty(component: Any, folder: Path) -> Any:
 
     ``component`` is of diffusers or of transformers.
     """
+    if not issubclass(component, PreTrainedModel):
+        return build_configured(component, component.load_config(folder, local_files_only=True))
+    config = component.config_class.from_pretrained(folder, local_files_only=True)
+    # transformers would swap the process's default dtype for the one of the config
+    config.dtype = None
+    return build_configured(component, config)
+
+
+def build_configured(component: Any, config: Any) -> Any:
+    """The same for the ``config`` of a module that was built so."""
     with torch.device("meta"):
-        if not issubclass(component, PreTrainedModel):
-            return component.from_config(component.load_config(folder, local_files_only=True))
-        config = component.config_class.from_pretrained(folder, local_files_only=True)
-        # transformers would swap the process's default dtype for the one of the config
-        config.dtype = None
-        return component(config)
+        if issubclass(component, PreTrainedModel):
+            return component(config)
+        return component.from_config(config)
 
 
 def weight_files(component: Any, folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from experimance_controlnet.data_types import PhaseTimes
-from experimance_controlnet.engine.engine import Engine
+from experimance_controlnet.engine.engine import Engine, EngineHealth
 from experimance_controlnet.errors import (
     DeadlineExceededError,
     RequestAbortedError,
@@ -97,25 +97,29 @@ class _EngineNow(Collector):
             ("ram_bytes", "Resident memory.", psutil.Process().memory_info().rss),
         ):
             yield GaugeMetricFamily(f"{PREFIX}_{name}", text, value=float(value))
-        yield from self._models(health.models_loaded)
+        yield from self._models(health)
         yield from self._gpu()
 
-    def _models(self, loaded: tuple[str, ...]) -> Iterator[Metric]:
-        in_memory = GaugeMetricFamily(
-            f"{PREFIX}_model_loaded", "1 for each model in memory.", labels=["model"]
-        )
-        for model in loaded:
-            in_memory.add_metric([model], 1)
-        yield in_memory
+    def _models(self, health: EngineHealth) -> Iterator[Metric]:
+        for name, text, models in (
+            ("model_loaded", "1 for each model on the device.", health.models_loaded),
+            ("model_parked", "1 for each that waits in the host's memory.", health.models_parked),
+        ):
+            there = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=["model"])
+            for model in models:
+                there.add_metric([model], 1)
+            yield there
         loads = CounterMetricFamily(
-            f"{PREFIX}_model_loads", "Models read into memory.", labels=["model"]
+            f"{PREFIX}_model_loads",
+            "Models brought to the device, from disk or from the host's memory.",
+            labels=["model", "source"],
         )
         seconds = CounterMetricFamily(
-            f"{PREFIX}_model_load_seconds", "Time that took.", labels=["model"]
+            f"{PREFIX}_model_load_seconds", "Time that took.", labels=["model", "source"]
         )
-        for model, load in self._engine.model_loads().items():
-            loads.add_metric([model], load.count)
-            seconds.add_metric([model], load.seconds)
+        for labels, load in self._engine.model_loads().items():
+            loads.add_metric(labels, load.count)
+            seconds.add_metric(labels, load.seconds)
         yield loads
         yield seconds
 

@@ -8,9 +8,10 @@ from experimance_controlnet import __version__
 from experimance_controlnet.data_types import (
     DownloadStatus,
     HealthResponse,
+    LoadUnderWay,
     ServerStatus,
 )
-from experimance_controlnet.engine.engine import EngineHealth
+from experimance_controlnet.engine.engine import EngineHealth, LoadProgress
 from experimance_controlnet.server.services import Services
 
 
@@ -29,6 +30,8 @@ def health_of(services: Services) -> HealthResponse:
         ready_for_inference=status == "ready"
         or (status == "loading_models" and not waits_for_models),
         models_loaded=list(engine.models_loaded),
+        models_parked=list(engine.models_parked),
+        loading=[_load_under_way(load) for load in engine.loading],
         memory_usage=services.memory(),
         uptime=round(time.monotonic() - services.started_s, 3),
         queue_depth=engine.queue_depth,
@@ -47,6 +50,16 @@ def health_of(services: Services) -> HealthResponse:
         precision=services.engine.precision,
         memory_tier=services.engine.memory_tier,
         version=__version__,
+    )
+
+
+def _load_under_way(load: LoadProgress) -> LoadUnderWay:
+    return LoadUnderWay(
+        kind=load.kind,
+        name=load.name,
+        source=load.source,
+        seconds=None if load.seconds is None else round(load.seconds, 3),
+        share=None if load.share is None else round(load.share, 3),
     )
 
 

@@ -24,6 +24,7 @@ from experimance_controlnet.engine.checkpoint import (
     load_controlnet,
 )
 from experimance_controlnet.engine.network.unet import UnetNetwork
+from experimance_controlnet.engine.weights import ByteCount, Placement, read_tensors
 from experimance_controlnet.errors import BadWeightsError
 from tools.embedded_model.single_file import save_single_file
 
@@ -61,6 +62,19 @@ def test_original_layout_equals_diffusers_layout(base: Path, single_file: Path) 
     keys = load_file(single_file).keys()
     assert "model.diffusion_model.input_blocks.0.0.weight" in keys
     assert_equal(load(base), load(single_file, base))
+
+
+def test_a_load_is_counted_while_it_is_read(base: Path) -> None:
+    unet, *rest = sorted(base.rglob("*.safetensors"), key=lambda file: "unet" not in str(file))
+    sizes = [file.stat().st_size for file in (unet, *rest)]
+    count = ByteCount(sum(sizes))
+    assert count.share == 0
+    read_tensors([unet], Placement(CPU, torch.float16, count=count))
+    assert count.share == pytest.approx(sizes[0] / sum(sizes), abs=0.02)
+    read_tensors(rest, Placement(CPU, torch.float16, count=count))
+    assert 0.95 < count.share <= 1
+    count.add(sum(sizes))  # the total is an estimate
+    assert count.share == 1
 
 
 def test_configs_alone_are_enough_beside_a_single_file(

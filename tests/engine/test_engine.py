@@ -364,6 +364,35 @@ def test_loaded_models_go_on_while_another_loads(start: StartEngine) -> None:
     assert set(engine.health().models_loaded) == {"lightning", "base"}
 
 
+def test_loaded_models_go_on_while_another_comes_back(start: StartEngine) -> None:
+    engine = start(FakeRunner(load_s=0.5, parked=["base"]))
+    engine.load("lightning").result(WAIT_S)
+    assert engine.health().models_parked == ("base",)
+    [waits] = engine.submit([request("other", model="base")])
+    [late] = engine.submit([request("late", model="base", deadline_s=0.0)])
+    [after] = engine.submit([request("after", model="hyper")])
+    [goes] = engine.submit([request("same")])
+    goes.future.result(WAIT_S)
+    assert not waits.future.done()
+    assert outcomes([late]) == [DeadlineExceededError]
+    begun, waiting = engine.health().loading
+    assert (begun.kind, begun.name, begun.source) == ("model", "base", "host")
+    assert begun.seconds is not None and 0 <= begun.seconds < WAIT_S
+    assert begun.share == 0.5
+    assert (waiting.name, waiting.source) == ("hyper", "disk")
+    assert waiting.seconds is None and waiting.share is None
+    assert outcomes([waits, after]) == [None, None]
+    assert engine.health().models_parked == () and engine.health().loading == ()
+    counts = {key: total.count for key, total in engine.model_loads().items()}
+    assert counts == {("lightning", "disk"): 1, ("base", "host"): 1, ("hyper", "disk"): 1}
+
+
+def test_a_parked_model_is_unloaded(start: StartEngine) -> None:
+    engine = start(FakeRunner(parked=["base"]))
+    engine.unload("base").result(WAIT_S)
+    assert engine.health().models_parked == ()
+
+
 def test_a_model_that_cannot_be_loaded(start: StartEngine) -> None:
     failures = [BadWeightsError("cut short")]
 

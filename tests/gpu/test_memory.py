@@ -9,9 +9,10 @@ import torch
 
 from experimance_controlnet.catalog.specs import Catalog
 from experimance_controlnet.catalog.store import ModelStore
+from experimance_controlnet.engine.device import CONTEXT_BYTES
 from experimance_controlnet.engine.engine import Engine
 from experimance_controlnet.engine.graphs import Recorder, ReplayedWork
-from experimance_controlnet.engine.request import GenerationRequest, GenerationResult
+from experimance_controlnet.engine.request import Asset, GenerationRequest, GenerationResult
 from experimance_controlnet.engine.sdxl import SdxlRunner
 from experimance_controlnet.engine.tiers import MINIMAL, PARKED, RESIDENT, MemoryTier
 from experimance_controlnet.errors import DeviceMemoryError
@@ -148,3 +149,49 @@ def _drawn(engine: Engine, request: GenerationRequest) -> tuple[GenerationResult
     torch.cuda.reset_peak_memory_stats()
     [ticket] = engine.submit([request])
     return ticket.future.result(WAIT_S), torch.cuda.max_memory_reserved()
+
+
+def test_two_models_take_turns_over_the_host(catalog: Catalog, store: ModelStore) -> None:
+    """They do not fit together: each comes back from pinned memory, to the same bits."""
+    runner = SdxlRunner(catalog, store, "cuda", tier=RESIDENT)
+    names = ("lightning", "hyper")
+    expected = {}
+    for name in names:
+        expected[name] = draw_one(runner, model=name, adapters=TWO_ADAPTERS, control=DEPTH)
+        runner._assets.drop_idle(in_use=())
+    assert set(runner.parked_models) == set(names)
+    cache = runner._host_cache
+    assert cache is not None
+    copies = [copy for parked in cache._copies.values() for copy in parked.tensors.values()]
+    assert all(copy.is_pinned() for copy in copies if copy.nbytes)
+    for turn in range(8):
+        name = names[turn % 2]
+        assert runner.source(Asset("model", name)) == "host"
+        for adapters in (DRONE, TWO_ADAPTERS):
+            picture = draw_one(runner, model=name, adapters=adapters, control=DEPTH)
+        assert max_difference(picture, expected[name]) <= 1
+        runner._assets.drop_idle(in_use=())
+    for name in names:
+        runner.unload(name)
+    assert runner.parked_models == ()
+
+
+@pytest.mark.usefixtures("limit")  # which lifts it
+def test_models_take_turns_under_a_limit(catalog: Catalog, store: ModelStore) -> None:
+    """The engine makes room by itself, by measured memory: by estimate none fits beside another."""
+    limit_bytes = CONTEXT_BYTES + RESIDENT.working_bytes
+    runner = SdxlRunner(catalog, store, "cuda", tier=RESIDENT, memory_limit_bytes=limit_bytes)
+    engine = Engine(runner, queue_capacity=4, max_rows=8)
+    engine.start()
+    try:
+        requests = [make_request(model=name) for name in ("lightning", "hyper")]
+        expected = [_drawn(engine, request)[0].pixels for request in requests]
+        for turn in range(6):
+            pixels = _drawn(engine, requests[turn % 2])[0].pixels
+            assert max_difference(pixels, expected[turn % 2]) <= 1
+            assert len(runner.loaded_models) == 1
+    finally:
+        engine.stop(timeout_s=WAIT_S)
+    loads = engine.model_loads()
+    assert [loads[name, "disk"].count for name in ("lightning", "hyper")] == [1, 1]
+    assert [loads[name, "host"].count for name in ("lightning", "hyper")] == [3, 3]

@@ -427,7 +427,7 @@ def test_metrics_count_what_was_done(start_server: StartServer) -> None:
         "controlnet_queue_depth 0.0",
         "controlnet_queue_workload_units 0.0",
         'controlnet_model_loaded{model="lightning"} 1.0',
-        'controlnet_model_loads_total{model="lightning"} 1.0',
+        'controlnet_model_loads_total{model="lightning",source="disk"} 1.0',
     ):
         assert line in lines
     values = dict(line.rsplit(" ", 1) for line in lines)

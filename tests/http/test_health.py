@@ -76,6 +76,25 @@ def test_preload_happens_behind_the_ping(start_server: StartServer) -> None:
     assert seen[-1]["ready_for_inference"] is True
 
 
+def test_health_says_what_is_on_its_way(start_server: StartServer) -> None:
+    server = start_server(FakeRunner(load_s=1.0, parked=["base"]))
+    wait_until(lambda: status_of(server) == "ready")
+    with ThreadPoolExecutor() as pool:
+        image = pool.submit(server.generate, model="base")
+        wait_until(lambda: status_of(server) == "loading_models")
+        health = server.client.get("/checkhealth").json()
+        assert health["models_parked"] == ["base"]
+        [load] = health["loading"]
+        assert 0 <= load.pop("seconds") <= 1.5
+        assert load == {"kind": "model", "name": "base", "source": "host", "share": 0.5}
+        assert 'controlnet_model_parked{model="base"} 1.0' in server.client.get("/metrics").text
+        assert image.result().status_code == 200
+    health = server.client.get("/checkhealth").json()
+    assert health["models_parked"] == health["loading"] == []
+    count = 'controlnet_model_loads_total{model="base",source="host"} 1.0'
+    assert count in server.client.get("/metrics").text
+
+
 def test_a_picture_waits_for_the_hash_and_readiness_does_not(start_server: StartServer) -> None:
     store = FakeStore()
     store.may_hash.clear()

@@ -22,7 +22,7 @@ def fuse_rows(layers: Sequence[nn.Linear], device: torch.device) -> torch.Tensor
     first = 0
     for layer in layers:
         own = fused[first : first + layer.out_features]
-        layer.weight.data = own.copy_(layer.weight.detach())
+        layer.weight.data = own.copy_(layer.weight.detach(), non_blocking=True)
         first += layer.out_features
     return fused
 

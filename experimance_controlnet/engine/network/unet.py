@@ -30,6 +30,7 @@ from experimance_controlnet.engine.network.transformer import (
     PromptProjection,
     Transformer,
 )
+from experimance_controlnet.engine.resting import AtRest, ModuleFrame, module_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +235,12 @@ class ControlNetwork(_Conditioned):
             config["controlnet_conditioning_channel_order"] == "rgb", "a ControlNet for BGR images"
         )
         self._encoder = _Encoder(module, iter(self._columns), HalfProducts())
+
+    def at_rest(self) -> AtRest:
+        """The ControlNet taken apart; it has one component, ``controlnet``."""
+        name = "controlnet"
+        tensors = module_tensors(name, self._module)
+        return AtRest(ModuleFrame.of(name, self._module), tensors, on_host={})
 
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """The control image (B, 3, H, W), 0..1, as features (B, C, H/8, W/8); once a request."""
