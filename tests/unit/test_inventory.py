@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,13 +28,6 @@ from tests.weights import safetensors, sha256
 
 WEIGHTS = safetensors()
 IMPATIENT = Manner(backoff=Backoff(tries=2, first_s=0.0))
-
-
-@pytest.fixture
-def origin() -> Iterator[Origin]:
-    origin = Origin()
-    yield origin
-    origin.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -44,13 +44,6 @@ from tests.weights import safetensors, sha256
 
 WEIGHTS = safetensors()
 IMPATIENT = Manner(backoff=Backoff(tries=3, first_s=0.0))
-
-
-@pytest.fixture
-def origin() -> Iterator[Origin]:
-    origin = Origin()
-    yield origin
-    origin.close()
 
 
 @pytest.fixture

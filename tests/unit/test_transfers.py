@@ -59,13 +59,6 @@ def manner(**changes: Any) -> Manner:
 
 
 @pytest.fixture
-def origin() -> Iterator[Origin]:
-    origin = Origin()
-    yield origin
-    origin.close()
-
-
-@pytest.fixture
 def models(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
