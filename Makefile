@@ -36,8 +36,8 @@ demo: setup ## Start a server, make one picture an era, write them to out/
 run: setup ## Serve; MODEL_CATALOG=embedded (the default) needs no download
 	@exec env MODEL_CATALOG=$(MODEL_CATALOG) $(BIN)/controlnet-worker serve $(ARGS)
 
-test: setup ## Run the tests that need no GPU
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup ## Run the tests that need no GPU, in two processes
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: setup ## Format, lint, types and import rules, without changing anything
 	@$(BIN)/ruff format --check .
