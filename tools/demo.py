@@ -121,7 +121,8 @@ def run(out: Path, size: int) -> None:
     sheet = out / "contact_sheet.png"
     make_contact_sheet(depth_png, pictures).save(sheet)
     console.print(results_table(pictures))
-    console.print(f"all of them: {sheet}\ndepth map:   {depth_png}\nlogs:        {out / 'logs'}")
+    places = f"all of them: {sheet}\ndepth map:   {depth_png}\nlogs:        {out / 'logs'}"
+    console.print(places, soft_wrap=True)  # a path in two lines cannot be pasted
     console.print(f"{time.monotonic() - started:.1f} s in all")
 
 
@@ -246,7 +247,7 @@ def ask_for_picture(server: Server, wish: Wish, depth_png: Path, size: int, file
     check_picture(file, size)
     if answer["seed_used"] != wish.seed:
         raise DemoError(f"{wish.era}: seed {wish.seed} asked for, {answer['seed_used']} used")
-    console.print(f"{file}: {wall_s:.1f} s")
+    console.print(f"{file}: {wall_s:.1f} s", soft_wrap=True)
     return Picture(wish, file, wall_s, answer["generation_time"])
 
 
