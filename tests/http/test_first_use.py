@@ -11,6 +11,7 @@ import httpx
 
 import experimance_controlnet
 from experimance_controlnet.catalog.hashes import hash_file
+from tests.disk import fill, small_disk
 from tests.http.process import READY_S, launcher
 from tests.hub import serve_folder
 from tests.origin import Origin, Reply
@@ -98,3 +99,33 @@ def test_twenty_first_requests_share_the_transfers(tmp_path: Path) -> None:
     lora = known["loras"]["experimance"]
     assert lora["size_bytes"] == len(LORA.read_bytes())
     assert lora["sha256"] == hash_file(LORA)
+
+
+def test_a_full_disk_refuses_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
+    origin = Origin()
+    origin.serve("/moss.safetensors", Reply(body=LORA.read_bytes(), etag='"1"'))
+    catalog = tmp_path / "moss.toml"
+    catalog.write_text(
+        f'extends = "embedded"\n[loras.moss]\nsource = "{origin.url}/moss.safetensors"\n'
+    )
+    with small_disk(tmp_path / "disk") as disk, launcher(tmp_path) as launch:
+        models = disk / "models"
+        server = launch(MODEL_CATALOG=str(catalog), MODELS_DIR=str(models))
+        server.until(lambda: server.status() == "ready")
+
+        def ask(**changes: object) -> httpx.Response:
+            body = {"prompt": "hills", "mock_depth": True, "width": 256, "height": 256} | changes
+            return httpx.post(f"{server.url}/generate", json=body, timeout=READY_S)
+
+        with_moss = {"loras": [{"name": "moss", "strength": 0.5}]}
+        fill(disk / "filler")
+        refused = ask(**with_moss)
+        assert (refused.status_code, refused.json()["code"]) == (507, "disk_full")
+        assert ask().status_code == 200
+        assert [path for path in models.rglob("*") if "moss" in path.name] == []
+        (disk / "filler").unlink()
+        assert ask(**with_moss).status_code == 200
+        assert len([path for path in models.rglob("*") if path.name == "moss.safetensors"]) == 1
+        server.process.terminate()  # whose files would keep the disk busy
+        assert server.ended() == 0
+    origin.close()
