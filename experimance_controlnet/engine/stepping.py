@@ -113,7 +113,7 @@ class Stepper:
             self._costs.observe_failure(request.width, request.height, rows)
             for state in states:
                 state.notes.append("batch_split")
-        self._runner.release_memory()
+            self._runner.release_memory()  # not for other errors: graphs would be made anew
 
     def _evaluate(
         self, states: list[RequestState], predictions: list[tuple[RequestState, Any]]

@@ -204,6 +204,27 @@ def test_out_of_memory_of_one_alone(start: StartEngine) -> None:
     assert outcomes(engine.submit([request("small")])) == [None]
 
 
+@pytest.mark.parametrize(("error", "releases"), [(ValueError(), 0), (MemoryError(), 1)])
+def test_graphs_are_given_up_for_want_of_memory_alone(
+    start: StartEngine, error: Exception, releases: int
+) -> None:
+    released: list[None] = []
+
+    class Counting(FakeRunner):
+        def release_memory(self) -> None:
+            released.append(None)
+
+    def fault(operation: str, requests: list[GenerationRequest]) -> None:
+        if operation == "predict" and len(requests) > 1:
+            raise error
+
+    tickets = start(Counting(load_s=0.2, fault=fault)).submit(
+        [request("a", cfg=1.0, steps=1), request("b", cfg=1.0, steps=1)]
+    )
+    assert outcomes(tickets) == [None, None]
+    assert len(released) == releases
+
+
 @pytest.mark.parametrize("operation", ["prepare", "predict", "decode", "result"])
 def test_out_of_memory_is_tried_again_with_less(start: StartEngine, operation: str) -> None:
     fault = fail_on(operation, "big", MemoryError(), times=2)
