@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
 
 import structlog
 from rich.console import Console
@@ -18,8 +14,7 @@ from structlog.types import EventDict, WrappedLogger
 from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.catalog.store import ModelStore
-
-T = TypeVar("T")
+from experimance_controlnet.threads import on_daemon
 
 _LOOK_EVERY_S = 0.1
 _NEWS = ("download_awaited", "download_resumed", "download_begins_anew")
@@ -35,7 +30,7 @@ class TransferBars:
 
     def fetch(self, source: Source) -> Path:
         """Block until it is on this disk; raises as ``ModelStore.fetch`` does."""
-        future = _on_a_daemon(lambda: self._store.fetch(source))
+        future = on_daemon(lambda: self._store.fetch(source), "fetch")
         tasks: dict[str, TaskID] = {}
         with self._progress() as progress:
             while not future.done():
@@ -103,20 +98,6 @@ class _ConsoleLogger:
         self._console.print(message, markup=False, soft_wrap=True)
 
     info = warning = error = msg
-
-
-def _on_a_daemon(work: Callable[[], T]) -> Future[T]:
-    """Its result to come; an interrupted process does not wait for it."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - the top of this thread: who waits judges it
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="fetch", daemon=True).start()
-    return future
 
 
 def _rate_text(now: TransferStatus) -> str:

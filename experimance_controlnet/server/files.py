@@ -6,10 +6,8 @@ Transfers run on daemon threads, because a process that is told to stop must not
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -23,6 +21,7 @@ from experimance_controlnet.catalog.page_cache import read_ahead
 from experimance_controlnet.catalog.progress import TransferStatus
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.errors import ModelFileError, NotFoundUpstreamError
+from experimance_controlnet.threads import on_daemon
 
 log = structlog.get_logger()
 
@@ -172,14 +171,4 @@ class ModelFiles:
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:
     """The result of ``work``, on a thread that does not keep the process alive."""
-    future: Future[T] = Future()
-    future.set_running_or_notify_cancel()  # whoever awaits may give up; the work goes on
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except Exception as error:  # noqa: BLE001 - the top of this thread: who awaits judges it
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="files", daemon=True).start()
-    return await asyncio.wrap_future(future)
+    return await asyncio.wrap_future(on_daemon(work, "files"))
