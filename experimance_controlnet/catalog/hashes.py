@@ -31,13 +31,14 @@ def weight_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
 
 
-def hash_file(path: Path) -> str:
-    """sha256 as lower-case hex."""
+def hash_file(path: Path, on_read: Callable[[int], None] = lambda size: None) -> str:
+    """sha256 as lower-case hex. ``on_read`` hears of bytes as they are read."""
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(chunk):
             digest.update(chunk[:size])
+            on_read(size)
     return digest.hexdigest()
 
 

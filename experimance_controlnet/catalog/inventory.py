@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -16,15 +15,14 @@ from experimance_controlnet.catalog.hashes import (
     ContentHashes,
     digest_beside,
     hash_beside,
+    hash_file,
     remember_beside,
     side_file,
 )
-from experimance_controlnet.catalog.location import LocalPlace, locate
+from experimance_controlnet.catalog.location import is_remote, place_of
 from experimance_controlnet.catalog.safetensors_file import verify_safetensors
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.errors import BadWeightsError
-
-_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +49,6 @@ class FileCheck:
     stated_by: str | None = None
 
 
-def place_of(source: Source, models_dir: Path) -> Path:
-    """Where its file or folder is, or would be. Raises CatalogError."""
-    place = locate(source)
-    return place.path if isinstance(place, LocalPlace) else models_dir / place.keep_at
-
-
 def glance(source: Source, models_dir: Path, hashes: ContentHashes) -> Found | None:
     """What is there, by names, lengths and hashes that are known already; None: nothing.
 
@@ -67,7 +59,7 @@ def glance(source: Source, models_dir: Path, hashes: ContentHashes) -> Found | N
         if not path.exists():
             return None
         size_bytes = sum(file.stat().st_size for file in content_files(path))
-        digest = hashes.known(path, keep_beside=_is_download(source))
+        digest = hashes.known(path, keep_beside=is_remote(source))
     except FileNotFoundError:  # removed in this moment
         return None
     if source.size_bytes not in (None, size_bytes):
@@ -113,15 +105,15 @@ def _check_weights(path: Path, source: Source, on_read: Callable[[int], None]) -
     except BadWeightsError as error:
         on_read(size_bytes)
         return FileCheck(path, size_bytes, error.message)
-    digest = _hash(path, on_read)
-    remembered = digest_beside(path) if _is_download(source) else None
+    digest = hash_file(path, on_read)
+    remembered = digest_beside(path) if is_remote(source) else None
     statements = (("catalogue", source.sha256), ("transfer", remembered))
     for who, stated in statements:
         if stated not in (None, digest):
             fault = f"its sha256 is not the one of the {who}: the content has changed"
             return FileCheck(path, size_bytes, fault, digest, who)
     # beside it only where that is not yet known, and the disk is not read-only
-    if _is_download(source) and hash_beside(path) is None and os.access(path.parent, os.W_OK):
+    if is_remote(source) and hash_beside(path) is None and os.access(path.parent, os.W_OK):
         remember_beside(path, digest)
     stated_by = next((who for who, stated in statements if stated is not None), None)
     return FileCheck(path, size_bytes, None, digest, stated_by)
@@ -142,16 +134,3 @@ def _text_fault(path: Path) -> str | None:
     except ValueError as error:
         return f"cannot be read as text: {error}"
     return None
-
-
-def _hash(path: Path, on_read: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while data := file.read(_READ_BYTES):
-            digest.update(data)
-            on_read(len(data))
-    return digest.hexdigest()
-
-
-def _is_download(source: Source) -> bool:
-    return not isinstance(locate(source), LocalPlace)

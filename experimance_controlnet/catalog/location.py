@@ -84,6 +84,17 @@ def without_query(uri: str) -> str:
     return uri.partition("?")[0]
 
 
+def place_of(source: Source, models_dir: Path) -> Path:
+    """Where its file or folder is, or would be. Raises CatalogError."""
+    place = locate(source)
+    return place.path if isinstance(place, LocalPlace) else models_dir / place.keep_at
+
+
+def is_remote(source: Source) -> bool:
+    """Whether the source comes over the network. Raises CatalogError."""
+    return not isinstance(locate(source), LocalPlace)
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host of a URL is this machine, and so may be asked over plain http."""
     try:

@@ -38,7 +38,9 @@ from experimance_controlnet.catalog.location import (
     HubPlace,
     LocalPlace,
     WebFile,
+    is_remote,
     locate,
+    place_of,
     without_query,
 )
 from experimance_controlnet.catalog.lock import file_lock
@@ -94,14 +96,14 @@ class ModelStore:
 
     def is_remote(self, source: Source) -> bool:
         """Whether the source comes over the network."""
-        return not isinstance(locate(source), LocalPlace)
+        return is_remote(source)
 
     def path(self, source: Source) -> Path | None:
         """Where the whole file or folder is on this disk, without network; None: it is not.
 
         A file that is not the one the catalogue describes (length, sha256) counts as absent.
         """
-        path = self._place(source)
+        path = place_of(source, self.models_dir)
         if not path.exists():
             return None
         if source.size_bytes is not None and source.size_bytes != path.stat().st_size:
@@ -166,10 +168,6 @@ class ModelStore:
             lock = partial.with_name(partial.name + ".lock")
             with file_lock(lock, lambda: _refuse_removal(source)):
                 return sum(map(remove_whole, (target, side_file(target), partial)))
-
-    def _place(self, source: Source) -> Path:
-        place = locate(source)
-        return place.path if isinstance(place, LocalPlace) else self.models_dir / place.keep_at
 
     def _hash(self, source: Source, path: Path) -> str | None:
         return self._hashes.of(path, keep_beside=self.is_remote(source))

@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from experimance_controlnet.catalog.entries import Entry
-from experimance_controlnet.catalog.inventory import FileCheck, content_files, place_of, verify
+from experimance_controlnet.catalog.inventory import FileCheck, content_files, verify
+from experimance_controlnet.catalog.location import place_of
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.commands.context import (
     FAILURE,

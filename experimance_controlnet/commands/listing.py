@@ -12,8 +12,8 @@ from rich.text import Text
 
 from experimance_controlnet.catalog.entries import Entry
 from experimance_controlnet.catalog.hashes import ContentHashes
-from experimance_controlnet.catalog.inventory import Found, glance, place_of
-from experimance_controlnet.catalog.location import without_query
+from experimance_controlnet.catalog.inventory import Found, glance
+from experimance_controlnet.catalog.location import place_of, without_query
 from experimance_controlnet.catalog.specs import AdapterUse, Catalog, Source
 from experimance_controlnet.commands.context import OK, Context, output, print_json, size_text
 

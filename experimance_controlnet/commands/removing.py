@@ -6,8 +6,7 @@ import argparse
 from typing import Any
 
 from experimance_controlnet.catalog.entries import Entry
-from experimance_controlnet.catalog.inventory import place_of
-from experimance_controlnet.catalog.location import without_query
+from experimance_controlnet.catalog.location import place_of, without_query
 from experimance_controlnet.catalog.specs import Source
 from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.commands.context import (
