@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from experimance_controlnet.catalog.hashes import weight_files
 from experimance_controlnet.catalog.specs import Catalog, Source
 from experimance_controlnet.catalog.store import ModelStore
 from experimance_controlnet.engine.checkpoint import (
@@ -71,8 +72,7 @@ class AssetReader:
         return None if self._count is None else self._count.share
 
     def _file_bytes(self, asset: Asset) -> int:
-        path = self._file(self._source(asset))
-        files = [path] if path.is_file() else path.rglob("*.safetensors")
+        files = weight_files(self._file(self._source(asset)))
         return sum(file.stat().st_size for file in files)
 
     def bytes_to_wake(self, asset: Asset, parked: Parked) -> int:

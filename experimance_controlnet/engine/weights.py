@@ -55,6 +55,11 @@ class Placement:
     count: ByteCount | None = None
     """Is told of each tensor."""
 
+    @property
+    def devices(self) -> set[torch.device]:
+        """All that :meth:`device_of` may say."""
+        return {self.device} if self.waiting is None else {self.device, torch.device("cpu")}
+
     def device_of(self, name: str) -> torch.device:
         """Where the tensor of that name goes."""
         waits = self.waiting is not None and self.waiting.search(name)
@@ -127,7 +132,7 @@ def read_tensors(
     tensors: Tensors = {}
     for file in files:
         verify_safetensors(file)
-        for device in {placement.device, torch.device("cpu")}:
+        for device in placement.devices:
             with safe_open(file, framework="pt", device=str(device)) as opened:
                 for name in opened.keys():  # noqa: SIM118 - no mapping
                     here = placement.device_of(name) == device
