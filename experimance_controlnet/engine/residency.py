@@ -56,19 +56,13 @@ class Residency:
     def drop(self, asset: Asset) -> None:
         """Let the asset go, and with a model the LoRAs that were read against it."""
         self._forget(asset, self._things[asset])
-        leaving = {asset}
-        if asset.kind == "model":
-            leaving |= {lora for lora in self._things if lora.model == asset.name}
-        self._things = self._without(leaving)
+        self._things = self._without(self._leaving_with(asset))
         self._release()
         log.info(f"{asset.kind}_unloaded", **{asset.kind: asset.name})
 
     def _make_leave(self, asset: Asset) -> None:
         """Drop it, after what leaves with it was parked; both may come back."""
-        loras = [
-            lora for lora in self._things if asset.kind == "model" and lora.model == asset.name
-        ]
-        for leaving in [*loras, asset]:
+        for leaving in self._leaving_with(asset):
             self._park(leaving, self._things[leaving])
         self.drop(asset)
 
@@ -86,6 +80,12 @@ class Residency:
             if asset in self._things and asset not in in_use:
                 self._make_leave(asset)
         return self._free_bytes() >= needed_bytes
+
+    def _leaving_with(self, asset: Asset) -> list[Asset]:
+        """The LoRAs that were read against a model, and the asset itself, last."""
+        is_model = asset.kind == "model"
+        loras = [other for other in self._things if is_model and other.model == asset.name]
+        return [*loras, asset]
 
     def _without(self, assets: Collection[Asset]) -> dict[Asset, Any]:
         return {other: thing for other, thing in self._things.items() if other not in assets}

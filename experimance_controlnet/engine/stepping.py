@@ -130,7 +130,7 @@ class Stepper:
         # taken out: if there is too little memory for its second try, another frame is made
         frame = self._frames.pop(state, None) or self._runner.decode(state)
         pixels, notes = frame.result()
-        state.notes += [note for note in notes if note not in state.notes]
+        state.notes += notes
         state.timer.decoded_s = self._clock()
         # The host is ahead of the device; when denoising really ended, only the device knows.
         state.timer.denoised_s = state.timer.decoded_s - frame.decode_s
